@@ -1,0 +1,44 @@
+# Each target sets up .venv by itself: all it needs is Python 3.10 or newer with pip.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo lab test export tiny bench clean
+
+demo: .venv/package
+	$(BIN)/deepseek-lit generate --prompt "def " --max-tokens 120 --temperature 0.6 --seed 7
+
+lab: .venv/book
+	cd notebooks && ../$(BIN)/jupyter lab 00_index.ipynb
+
+test: .venv/test
+	$(BIN)/ruff check deepseek_lit tests
+	$(BIN)/pytest -q -n 2 --dist loadscope --nbval notebooks tests
+
+export: .venv/test
+	$(BIN)/nbdev-export
+	$(BIN)/python tests/readme.py
+
+tiny: .venv/package
+	$(BIN)/python -c "from deepseek_lit.train import make_tiny; make_tiny('deepseek_lit/tiny')"
+
+bench: .venv/test
+	$(BIN)/python tests/bench_transformers.py
+
+clean:
+	rm -rf .venv
+
+# A virtual environment without pip of its own works on systems that ship Python without ensurepip.
+.venv/bin/python:
+	$(PYTHON) -m venv --without-pip .venv
+
+.venv/package: .venv/bin/python pyproject.toml
+	$(PYTHON) -m pip --python .venv/bin/python install --quiet pip --editable .
+	touch $@
+
+.venv/book: .venv/bin/python pyproject.toml
+	$(PYTHON) -m pip --python .venv/bin/python install --quiet pip --editable ".[book]"
+	touch $@ .venv/package
+
+.venv/test: .venv/bin/python pyproject.toml
+	$(PYTHON) -m pip --python .venv/bin/python install --quiet pip --editable ".[test]"
+	touch $@ .venv/book .venv/package

@@ -1,0 +1,399 @@
+"""Opening checkpoints: sound ones of every kind, and damaged ones, each of which must be refused in one sentence that names what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import random_config, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from deepseek_lit import checkpoint
+from deepseek_lit.checkpoint import INDEX, load_model, map_checkpoint
+from deepseek_lit.config import InputError
+
+FP8 = random_config(3, fp8=True, torch_dtype="bfloat16")
+PLAIN = random_config(3)
+WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
+SCALE = f"{WEIGHT}_scale_inv"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """An FP8 checkpoint in several shards."""
+    return write_checkpoint(tmp_path_factory.mktemp("fp8"), FP8, fp8=True, shards=12)
+
+
+@pytest.fixture
+def model_dir(sound, tmp_path):
+    """A copy of the FP8 checkpoint that a test may damage."""
+    for file in sound.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def read_index(path: Path) -> dict:
+    return json.loads((path / INDEX).read_text())
+
+
+def write_index(path: Path, index: dict) -> None:
+    (path / INDEX).write_text(json.dumps(index))
+
+
+def shard_of(path: Path, name: str) -> Path:
+    return path / read_index(path)["weight_map"][name]
+
+
+def edit(path: Path, name: str, change) -> None:
+    """Rewrite the shard that holds `name` after `change` has altered its dict of tensors."""
+    file = shard_of(path, name)
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file)
+
+
+def drop(path: Path, name: str) -> None:
+    """Take a tensor out of its shard and out of the index."""
+    edit(path, name, lambda tensors: tensors.pop(name))
+    index = read_index(path)
+    del index["weight_map"][name]
+    write_index(path, index)
+
+
+def edit_header(path: Path, name: str, change) -> None:
+    """Alter the JSON header of the shard that holds `name`, data left as it is."""
+    file = shard_of(path, name)
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def edit_config(path: Path, change) -> None:
+    config = json.loads((path / "config.json").read_text())
+    change(config)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def truncate(path):
+    file = shard_of(path, WEIGHT)
+    file.write_bytes(file.read_bytes()[:-100])
+    return file.name, "truncated"
+
+
+def truncate_in_header(path):
+    file = shard_of(path, WEIGHT)
+    file.write_bytes(file.read_bytes()[:50])
+    return file.name, "truncated"
+
+
+def empty(path):
+    file = shard_of(path, WEIGHT)
+    file.write_bytes(b"")
+    return file.name, "0 bytes"
+
+
+def missing_shard(path):
+    file = shard_of(path, WEIGHT)
+    file.unlink()
+    return file.name, "does not exist"
+
+
+def git_lfs_pointer(path):
+    file = shard_of(path, WEIGHT)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4302383966\n")
+    return file.name, "git-lfs pointer"
+
+
+def header_not_json(path):
+    file = shard_of(path, WEIGHT)
+    file.write_bytes((8).to_bytes(8, "little") + b"not JSON" + bytes(100))
+    return file.name, "not a JSON object"
+
+
+def header_a_list(path):
+    file = shard_of(path, WEIGHT)
+    file.write_bytes((2).to_bytes(8, "little") + b"[]")
+    return file.name, "not a JSON object"
+
+
+def trailing_bytes(path):
+    file = shard_of(path, WEIGHT)
+    file.write_bytes(file.read_bytes() + b"more")
+    return file.name, "goes on after its last tensor"
+
+
+def unknown_dtype(path):
+    edit_header(path, WEIGHT, lambda header: header[WEIGHT].update(dtype="F8_E5M2"))
+    return WEIGHT, "F8_E5M2", "expected one of"
+
+
+def entry_without_shape(path):
+    edit_header(path, WEIGHT, lambda header: header[WEIGHT].pop("shape"))
+    return WEIGHT, "expected a dtype, a shape"
+
+
+def negative_offset(path):
+    edit_header(path, WEIGHT, lambda header: header[WEIGHT].update(data_offsets=[-4, 4]))
+    return WEIGHT, "data_offsets of 0 or more"
+
+
+def overlapping_offsets(path):
+    def shift(header):
+        header[WEIGHT]["data_offsets"] = [offset - 1 for offset in header[WEIGHT]["data_offsets"]]
+
+    edit_header(path, WEIGHT, shift)
+    return shard_of(path, WEIGHT).name, "begins at data byte", "expected"
+
+
+def span_against_shape(path):
+    edit_header(path, WEIGHT, lambda header: header[WEIGHT]["shape"].append(2))
+    return WEIGHT, "spans", "bytes, expected"
+
+
+def index_not_json(path):
+    (path / INDEX).write_text("<html>")
+    return INDEX, "is not an index"
+
+
+def index_without_map(path):
+    write_index(path, {"metadata": {}})
+    return INDEX, "weight_map"
+
+
+def index_with_numbers(path):
+    write_index(path, {"weight_map": {WEIGHT: 3}})
+    return INDEX, "weight_map"
+
+
+def index_names_absent_tensor(path):
+    index = read_index(path)
+    index["weight_map"]["model.layers.9.guest.weight"] = shard_of(path, WEIGHT).name
+    write_index(path, index)
+    return "model.layers.9.guest.weight", "does not hold"
+
+
+def duplicate_tensor(path):
+    other = "model.norm.weight" if shard_of(path, "model.norm.weight") != shard_of(path, WEIGHT) else "lm_head.weight"
+    tensor = load_file(shard_of(path, WEIGHT))[WEIGHT]
+    edit(path, other, lambda tensors: tensors.update({WEIGHT: tensor}))
+    return WEIGHT, "is also in"
+
+
+def no_shards(path):
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    (path / INDEX).unlink()
+    return (str(path), "no *.safetensors")
+
+
+def missing_weight(path):
+    drop(path, WEIGHT)
+    drop(path, SCALE)
+    return WEIGHT, "is missing", "expected F8_E4M3"
+
+
+def weight_without_scale(path):
+    drop(path, SCALE)
+    return SCALE, "has no scale"
+
+
+def scale_without_weight(path):
+    drop(path, WEIGHT)
+    return SCALE, "has no weight"
+
+
+def scale_of_plain_weight(path):
+    edit(path, "model.norm.weight", lambda tensors: tensors.update({"model.norm.weight_scale_inv": torch.ones(1, 1)}))
+    return "model.norm.weight_scale_inv", "should not have one"
+
+
+def wrong_shape(path):
+    edit(path, WEIGHT, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].view(torch.uint8).mT.contiguous().view(torch.float8_e4m3fn)}))
+    return shard_of(path, WEIGHT).name, WEIGHT, "has shape", "expected"
+
+
+def wrong_scale_shape(path):
+    edit(path, SCALE, lambda tensors: tensors.update({SCALE: torch.ones(1, 99)}))
+    return SCALE, "has shape [1, 99]"
+
+
+def plain_weight_in_fp8(path):
+    edit(path, WEIGHT, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].bfloat16()}))
+    return WEIGHT, "is bfloat16, expected float8_e4m3fn", "quantization_config"
+
+
+def fp8_without_config(path):
+    edit_config(path, lambda config: config.pop("quantization_config"))
+    return "float8_e4m3fn", "has no quantization_config"
+
+
+def fp8_norm(path):
+    edit(path, "model.norm.weight", lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}))
+    return "model.norm.weight", "is float8_e4m3fn, expected bfloat16"
+
+
+def unknown_tensor(path):
+    edit(path, WEIGHT, lambda tensors: tensors.update({"model.layers.0.self_attn.guest.weight": torch.ones(2)}))
+    return "model.layers.0.self_attn.guest.weight", "belongs to no part"
+
+
+def more_experts_than_config(path):
+    edit_config(path, lambda config: config.update(n_routed_experts=4, n_group=2))
+    return "experts", "config.json"
+
+
+def no_config(path):
+    (path / "config.json").unlink()
+    return ("config.json", "does not exist")
+
+
+DAMAGE = [
+    truncate, truncate_in_header, empty, missing_shard, git_lfs_pointer, header_not_json, header_a_list, trailing_bytes, unknown_dtype, entry_without_shape,
+    negative_offset, overlapping_offsets, span_against_shape, index_not_json, index_without_map, index_with_numbers, index_names_absent_tensor, duplicate_tensor,
+    no_shards, missing_weight, weight_without_scale, scale_without_weight, scale_of_plain_weight, wrong_shape, wrong_scale_shape, plain_weight_in_fp8,
+    fp8_without_config, fp8_norm, unknown_tensor, more_experts_than_config, no_config,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_damaged_checkpoint_is_refused(damage, model_dir):
+    wanted = damage(model_dir)
+    with pytest.raises(InputError) as caught:
+        load_model(model_dir)
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in (str(model_dir), *wanted):
+        assert text in message
+
+
+def test_plain_files_under_an_fp8_config(tmp_path):
+    write_checkpoint(tmp_path, PLAIN)
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    edit_config(tmp_path, lambda config: config.update(quantization_config=quantization))
+    with pytest.raises(InputError, match="is float32, expected float8_e4m3fn"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_not_enough_memory_is_said_beforehand(sound, monkeypatch, dequantize):
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 1000)
+    load_model(sound, dtype=torch.bfloat16)  # views take no memory
+    with pytest.raises(InputError, match="GiB free"):
+        load_model(sound, dtype=torch.float32, dequantize=dequantize)
+
+
+@pytest.mark.parametrize("path", ["nobody/no-such-model", "./nowhere", "nowhere", "/nowhere/model"])
+def test_unknown_model_is_one_sentence(path):
+    with pytest.raises(InputError) as caught:
+        load_model(path)
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_is_no_directory(sound):
+    with pytest.raises(InputError, match="is a file, expected the directory"):
+        load_model(next(sound.glob("*.safetensors")))
+
+
+def test_weights_are_views_of_the_files(sound):
+    model = load_model(sound)
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert len(storages) == len(list(sound.glob("*.safetensors"))) > 1
+    assert model.get_parameter(WEIGHT).dtype == torch.float8_e4m3fn
+
+
+def test_writing_to_a_weight_leaves_the_file_alone(model_dir):
+    before = shard_of(model_dir, "model.norm.weight").read_bytes()
+    load_model(model_dir).model.norm.weight.fill_(7)
+    assert shard_of(model_dir, "model.norm.weight").read_bytes() == before
+
+
+def logits(path, **options):
+    with torch.inference_mode():
+        return load_model(path, dtype=torch.float32, **options)(torch.arange(6)[None])
+
+
+def test_shards_do_not_matter(sound, tmp_path):
+    """A file of its own for every tensor: a weight, its scale and an expert's matrices all lie apart."""
+    weight_map = {}
+    for i, (name, tensor) in enumerate(map_checkpoint(sound).items()):
+        save_file({name: tensor.clone()}, tmp_path / f"{i}.safetensors")
+        weight_map[name] = f"{i}.safetensors"
+    write_index(tmp_path, {"weight_map": weight_map})
+    (tmp_path / "config.json").write_bytes((sound / "config.json").read_bytes())
+    assert torch.equal(logits(tmp_path), logits(sound))
+
+
+def test_dequantised_once_or_at_each_use(sound):
+    torch.testing.assert_close(logits(sound, dequantize=True), logits(sound), rtol=0, atol=1e-5)
+
+
+def test_power_of_two_scales(model_dir):
+    """`F8_E8M0` scales, as V3.1 could have them, mean the same as float32 ones of equal value."""
+    for file in model_dir.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name] = tensors[name].log2().ceil().exp2()
+        save_file(tensors, file)
+    wide = logits(model_dir)
+    for file in model_dir.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({name: t.to(torch.float8_e8m0fnu) if name.endswith("_scale_inv") else t for name, t in tensors.items()}, file)
+    assert torch.equal(logits(model_dir), wide)
+
+
+def test_only_the_index_decides_which_files_are_read(model_dir):
+    (model_dir / "old-copy.safetensors").write_bytes(b"rubbish")
+    load_model(model_dir)
+
+
+def test_no_index_no_metadata(tmp_path):
+    write_checkpoint(tmp_path, PLAIN, shards=1)
+    expected = logits(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    save_file(load_file(file), file)
+    (tmp_path / INDEX).unlink()
+    assert torch.equal(logits(tmp_path), expected)
+
+
+def test_odd_addresses_are_copied(tmp_path):
+    """A header of odd length puts float32 data where it cannot be viewed."""
+    write_checkpoint(tmp_path, PLAIN)
+    expected = logits(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    file.write_bytes((length + 1).to_bytes(8, "little") + raw[8 : 8 + length] + b" " + raw[8 + length :])
+    assert torch.equal(logits(tmp_path), expected)
+
+
+@pytest.mark.parametrize("announced", [0, 1, None])
+def test_mtp_tensors_are_skipped_with_a_line(announced, model_dir, capsys):
+    load_model(model_dir)
+    assert capsys.readouterr().err == ""
+    last = f"model.layers.{FP8.num_hidden_layers}"
+    edit(model_dir, WEIGHT, lambda tensors: tensors.update({f"{last}.enorm.weight": torch.ones(4), f"{last}.mlp.experts.0.up_proj.weight": torch.ones(4, 4)}))
+    edit_config(model_dir, lambda config: config.pop("num_nextn_predict_layers") if announced is None else config.update(num_nextn_predict_layers=announced))
+    load_model(model_dir)
+    line = capsys.readouterr().err
+    assert "skipping 2 Multi-Token Prediction tensors" in line and last in line and line.count("\n") == 1
+
+
+def test_tied_embedding(tmp_path):
+    config = random_config(5, tie_word_embeddings=True)
+    model = load_model(write_checkpoint(tmp_path, config))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in map_checkpoint(tmp_path)
+    assert logits(tmp_path).isfinite().all()
+
+
+def test_an_fp8_model_is_not_quantised_again(sound, tmp_path):
+    with pytest.raises(InputError, match="FP8 already"):
+        checkpoint.save_model(load_model(sound), tmp_path, fp8=True)
+
+
+def test_saving_leaves_no_temporary_names(sound):
+    assert not list(sound.glob("*.part"))
+    assert {file.name for file in sound.glob("*.safetensors")} == set(read_index(sound)["weight_map"].values())
