@@ -50,7 +50,7 @@ def read_header(file: Path) -> tuple[dict, int]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise InputError(f"{file} is no safetensors file: its header is not a JSON object") from None
     return header, 8 + length
 
@@ -266,9 +266,9 @@ def fill(model: DeepSeekV3, tensors: dict[str, torch.Tensor], device: torch.devi
             setattr(modules[owner], f"{leaf}_scale_inv", nn.Parameter(scale.to(device, torch.float32), requires_grad=False))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    if device.type != "cpu" and (dequantize_now or not model.config.fp8):
+    if device.type != "cpu":
         for module in modules.values():
-            if isinstance(module, MoE):
+            if isinstance(module, MoE) and module.stackable():
                 module.stack()
 
 # %% ../notebooks/12_checkpoint.ipynb #bfa6b45f
@@ -366,6 +366,7 @@ def save_model(model: DeepSeekV3, path: str | Path, fp8: bool, max_shard_bytes: 
         file = path / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         part = file.with_name(f"{file.name}.part")
         save_file({name: state[name] for name in names}, part, metadata={"format": "pt"})
+        part.chmod(0o644)
         part.rename(file)
         weight_map |= dict.fromkeys(names, file.name)
     write_json(path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})

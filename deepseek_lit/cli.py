@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Optional, TextIO
+from typing import Annotated, TextIO
 
 import torch
 import typer
@@ -27,9 +27,9 @@ from .generate import LLM, RequestOutput, SamplingParams
 # %% ../notebooks/17_cli.ipynb #dd735ac2
 app = typer.Typer(name="deepseek-lit", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Model = Annotated[Optional[str], typer.Option("--model", "-m", help="Model directory or Hugging Face hub id; the small bundled checkpoint when not given.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Model directory or Hugging Face hub id; the small bundled checkpoint when not given.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")]
-Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; the checkpoint's when not given.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's when not given.")]
 Dequantize = Annotated[bool, typer.Option("--dequantize", help="Turn FP8 weights into the dtype once, at loading: more memory, faster.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest reply, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
@@ -37,8 +37,8 @@ TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that togeth
 TopK = Annotated[int, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
 MinP = Annotated[float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages tokens that have occurred.")]
-Seed = Annotated[Optional[int], typer.Option(help="The same seed writes the same text.")]
-Stop = Annotated[Optional[list[str]], typer.Option(help="End the reply before this text; may be repeated.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -144,9 +144,9 @@ def answer_file(llm: LLM, prompts: list, params: SamplingParams, stream: TextIO)
 
 @app.command()
 def generate(
-    prompt: Annotated[Optional[str], typer.Option("--prompt", "-p", help="Text to continue; read from standard input when not given.")] = None,
-    prompts: Annotated[Optional[Path], typer.Option(help="File of prompts, one per line, or JSONL with a \"prompt\" in every line; replies come as JSONL.")] = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="New file for the JSONL; standard output when not given.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; read from standard input when not given.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of prompts, one per line, or JSONL with a \"prompt\" in every line; replies come as JSONL.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New file for the JSONL; standard output when not given.")] = None,
     batch: Annotated[int, typer.Option(help="How many prompts of a file share a forward pass.")] = 32,
     model: Model = None, device: Device = "auto", dtype: Dtype = None, dequantize: Dequantize = False,
     max_tokens: MaxTokens = 128, temperature: Temperature = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0,

@@ -168,7 +168,8 @@ def parse_dtype(fields: dict, source: str) -> str:
 def parse_eos(fields: dict, source: str) -> int | tuple[int, ...] | None:
     """The id, or ids, that end a text; null means that none does."""
     eos = fields.get("eos_token_id", ModelConfig.eos_token_id)
-    if not all(type(token) is int for token in (eos if isinstance(eos, list) else [eos or 0])):
+    ids = eos if isinstance(eos, list) else [eos]
+    if eos is not None and not all(type(token) is int for token in ids):
         raise InputError(f"{source}: eos_token_id is {eos!r}, expected a token id or a list of them")
     return tuple(eos) if isinstance(eos, list) else eos
 
@@ -181,7 +182,7 @@ def find_contradiction(config: ModelConfig) -> str | None:
     c = config
     for name, value in vars(c).items():
         if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
-            return f"{name} is {value}, expected a positive number"
+            return f"{name} is {value}, expected {'zero or ' if name in MAY_BE_ZERO else ''}a positive number"
     if c.rope_theta <= 1:
         return f"rope_theta is {c.rope_theta}, expected more than 1"
     if c.qk_rope_head_dim % 2:

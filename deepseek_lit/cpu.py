@@ -23,27 +23,55 @@ BF16_SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+typedef float lanes __attribute__((vector_size(64)));  /* 16 floats, in as many registers as this processor needs */
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(64)));
 
 static inline float widen(uint16_t v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline lanes load(const uint16_t *p) { halves h; memcpy(&h, p, 32); return (lanes)(__builtin_convertvector(h, words) << 16); }
 
 static inline uint16_t narrow(float f) {  /* round to nearest even; NaN stays NaN */
     uint32_t u; memcpy(&u, &f, 4);
     return isnan(f) ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
+"""
+
+# %% ../notebooks/18_cpu.ipynb #41152c34
+BF16_SOURCE += r"""
+static inline __attribute__((always_inline)) void dot_bf16(const uint16_t *x, const uint16_t *w, uint16_t *y, long n, long k, const int m) {
+    lanes sum[8] = {0}; long c = 0;
+#ifdef __AVX512BF16__
+    for (; c + 32 <= k; c += 32) {
+        __m512bh wv = (__m512bh)_mm512_loadu_si512(w + c);
+        for (int i = 0; i < m; i++) sum[i] = (lanes)_mm512_dpbf16_ps((__m512)sum[i], wv, (__m512bh)_mm512_loadu_si512(x + i * k + c));
+    }
+#endif
+    for (; c + 16 <= k; c += 16) {
+        lanes wv = load(w + c);
+        for (int i = 0; i < m; i++) sum[i] += wv * load(x + i * k + c);
+    }
+    for (int i = 0; i < m; i++) {
+        float s = 0;
+        for (int lane = 0; lane < 16; lane++) s += sum[i][lane];
+        for (long d = c; d < k; d++) s += widen(w[d]) * widen(x[i * k + d]);
+        y[i * n] = narrow(s);
+    }
+}
 
 /* y[m][n] = sum over k of x[m][k] * w[n][k], everything bfloat16, sums in float32 */
 void linear_bf16(const uint16_t *x, const uint16_t *w, uint16_t *y, long m, long n, long k) {
-    float *xf = malloc(m * k * sizeof(float));
-    for (long i = 0; i < m * k; i++) xf[i] = widen(x[i]);
     #pragma omp parallel for schedule(static)
-    for (long row = 0; row < n; row++)
-        for (long i = 0; i < m; i++) {
-            const uint16_t *wr = w + row * k; const float *xi = xf + i * k; float sum = 0;
-            #pragma omp simd reduction(+ : sum)
-            for (long c = 0; c < k; c++) sum += xi[c] * widen(wr[c]);
-            y[i * n + row] = narrow(sum);
-        }
-    free(xf);
+    for (long row = 0; row < n; row++) {
+        long i = 0; const uint16_t *wr = w + row * k;
+        for (; i + 8 <= m; i += 8) dot_bf16(x + i * k, wr, y + i * n + row, n, k, 8);
+        for (; i + 4 <= m; i += 4) dot_bf16(x + i * k, wr, y + i * n + row, n, k, 4);
+        for (; i + 2 <= m; i += 2) dot_bf16(x + i * k, wr, y + i * n + row, n, k, 2);
+        for (; i < m; i++) dot_bf16(x + i * k, wr, y + i * n + row, n, k, 1);
+    }
 }
 """
 
@@ -114,14 +142,15 @@ def kernels() -> ctypes.CDLL | None:
         return None
 
 # %% ../notebooks/18_cpu.ipynb #c3697e74
-MAX_ROWS = {torch.bfloat16: 2, torch.float8_e4m3fn: 8}  # above this many PyTorch's matrix product is faster
+MAX_ROWS = 16  # above this many PyTorch's matrix product is faster
 
 
 def takes(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     """Whether the kernels serve this product: a few bfloat16 rows on the CPU, nothing to differentiate."""
     return (
-        x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= MAX_ROWS.get(weight_OI.dtype, 0) * x.shape[-1]
-        and not torch.is_grad_enabled() and weight_OI.is_contiguous() and kernels() is not None
+        x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= MAX_ROWS * x.shape[-1]
+        and weight_OI.dtype in (torch.bfloat16, torch.float8_e4m3fn) and weight_OI.is_contiguous()
+        and not torch.is_grad_enabled() and kernels() is not None
     )  # fmt: skip
 
 

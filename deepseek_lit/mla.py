@@ -45,7 +45,7 @@ def attend_naive(q: tuple[Tensor, Tensor], latents: tuple[Tensor, Tensor], weigh
     q_BHSK = torch.cat([q_nope_BSHN, q_rope_BSHR], -1).transpose(1, 2)
     # PyTorch's fused attention wants values as wide as keys: pad them with zeros, and cut the zeros off the result.
     out_BHSK = F.scaled_dot_product_attention(
-        q_BHSK, k_BHTK, F.pad(v_BHTV, (0, k_BHTK.shape[-1] - v_BHTV.shape[-1])), scale=scale,
+        q_BHSK, k_BHTK, F.pad(v_BHTV, (0, max(k_BHTK.shape[-1] - v_BHTV.shape[-1], 0))), scale=scale,
         attn_mask=None if mask_BST is None else mask_BST[:, None], is_causal=mask_BST is None,
     )  # fmt: skip
     return out_BHSK[..., : v_BHTV.shape[-1]].transpose(1, 2)

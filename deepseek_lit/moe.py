@@ -66,10 +66,10 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        c = config
-        self.gate = Gate(c)
-        self.experts = nn.ModuleList(MLP(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts))
-        self.shared_experts = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts) if c.n_shared_experts else None
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.gate = Gate(config)
+        self.experts = nn.ModuleList(MLP(hidden, width) for _ in range(config.n_routed_experts))
+        self.shared_experts = MLP(hidden, width * config.n_shared_experts) if config.n_shared_experts else None
         self.stacked = None
 
     def stackable(self) -> bool:
@@ -94,10 +94,8 @@ class MoE(nn.Module):
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         x_SD = x_BSD.flatten(0, 1)
         weights_SK, experts_SK = self.gate(x_SD)
-        if self.stacked:
-            out_SD = experts_grouped(x_SD, weights_SK, experts_SK, *self.stacked)
-        else:
-            out_SD = experts_loop(x_SD, weights_SK, experts_SK, self.experts)
+        run, weights = (experts_grouped, self.stacked) if self.stacked else (experts_loop, (self.experts,))
+        out_SD = run(x_SD, weights_SK, experts_SK, *weights)
         if self.shared_experts is not None:
             out_SD = out_SD + self.shared_experts(x_SD)
         return out_SD.view_as(x_BSD)

