@@ -30,9 +30,17 @@ BF16_SOURCE = r"""
 typedef float lanes __attribute__((vector_size(64)));  /* 16 floats, in as many registers as this processor needs */
 typedef uint16_t halves __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(64)));
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
 
 static inline float widen(uint16_t v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
 static inline lanes load(const uint16_t *p) { halves h; memcpy(&h, p, 32); return (lanes)(__builtin_convertvector(h, words) << 16); }
+
+static inline float total(lanes v) {  /* halves onto halves: sixteen additions one after the other would cost as much as the product */
+    eight h[2]; memcpy(h, &v, 64); h[0] += h[1];
+    four q[2]; memcpy(q, h, 32); q[0] += q[1];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
+}
 
 static inline uint16_t narrow(float f) {  /* round to nearest even; NaN stays NaN */
     uint32_t u; memcpy(&u, &f, 4);
@@ -55,8 +63,7 @@ static inline __attribute__((always_inline)) void dot_bf16(const uint16_t *x, co
         for (int i = 0; i < m; i++) sum[i] += wv * load(x + i * k + c);
     }
     for (int i = 0; i < m; i++) {
-        float s = 0;
-        for (int lane = 0; lane < 16; lane++) s += sum[i][lane];
+        float s = total(sum[i]);
         for (long d = c; d < k; d++) s += widen(w[d]) * widen(x[i * k + d]);
         y[i * n] = narrow(s);
     }
@@ -130,25 +137,30 @@ def kernels() -> ctypes.CDLL | None:
     """The compiled kernels, built at first use into the user's cache; None, said once, where there is no C compiler."""
     source = BF16_SOURCE + FP8_SOURCE
     key = hashlib.sha256((source + processor() + torch.__version__).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    library = cache / "deepseek_lit" / f"cpu-{key}.so"
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        library = cache / "deepseek_lit" / f"cpu-{key}.so"
         if not library.exists():
             build(source, library)
-        return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as error:
-        found = "failed" if shutil.which("cc") else "is missing"
-        warnings.warn(f"the C compiler cc {found} ({type(error).__name__}): small products on the CPU take PyTorch's path, which is slower", stacklevel=2)
+        compiled = ctypes.CDLL(str(library))
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # no compiler, no home, no room, an old compiler
+        reason = f"building them failed with {type(error).__name__}" if shutil.which("cc") else "there is no C compiler cc"
+        warnings.warn(f"no compiled kernels for the CPU ({reason}): small products take PyTorch's path, which is slower", stacklevel=2)
         return None
+    pointer, size = ctypes.c_void_p, ctypes.c_long
+    compiled.linear_bf16.argtypes = [pointer, pointer, pointer, size, size, size]
+    compiled.linear_fp8.argtypes = [pointer, pointer, pointer, pointer, size, size, size]
+    return compiled
 
 # %% ../notebooks/18_cpu.ipynb #c3697e74
-MAX_ROWS = 16  # above this many PyTorch's matrix product is faster
+MAX_ROWS = 16  # with more rows, reusing what was read is worth more than reading fast
 
 
 def takes(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     """Whether the kernels serve this product: a few bfloat16 rows on the CPU, nothing to differentiate."""
     return (
-        x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= MAX_ROWS * x.shape[-1]
+        x.device.type == weight_OI.device.type == "cpu" and x.dtype == torch.bfloat16
+        and x.shape[-1] == weight_OI.shape[1] and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
         and weight_OI.dtype in (torch.bfloat16, torch.float8_e4m3fn) and weight_OI.is_contiguous()
         and not torch.is_grad_enabled() and kernels() is not None
     )  # fmt: skip
@@ -156,14 +168,12 @@ def takes(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
 
 def small_linear(x: torch.Tensor, weight_OI: torch.Tensor, scale_inv: torch.Tensor | None = None) -> torch.Tensor:
     """x @ Wᵀ for bfloat16 `x` [..., in] of few rows and a bfloat16 weight, or an e4m3 one with its block scales: bfloat16 [..., out]."""
-    x = x.contiguous()
-    rows, (out, columns) = x.numel() // x.shape[-1], weight_OI.shape
+    x, (out, columns) = x.contiguous(), weight_OI.shape
     y = x.new_empty(*x.shape[:-1], out)
-    sizes = (ctypes.c_long(rows), ctypes.c_long(out), ctypes.c_long(columns))
-    pointer = ctypes.c_void_p
-    if scale_inv is None:
-        kernels().linear_bf16(pointer(x.data_ptr()), pointer(weight_OI.data_ptr()), pointer(y.data_ptr()), *sizes)
+    sizes = (x.numel() // columns, out, columns)
+    if weight_OI.dtype == torch.bfloat16:
+        kernels().linear_bf16(x.data_ptr(), weight_OI.data_ptr(), y.data_ptr(), *sizes)
     else:
-        scale_inv = scale_inv.contiguous()
-        kernels().linear_fp8(pointer(x.data_ptr()), pointer(weight_OI.data_ptr()), pointer(scale_inv.data_ptr()), pointer(y.data_ptr()), *sizes)
+        scale_inv = scale_inv.float().contiguous()
+        kernels().linear_fp8(x.data_ptr(), weight_OI.data_ptr(), scale_inv.data_ptr(), y.data_ptr(), *sizes)
     return y

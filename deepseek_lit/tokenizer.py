@@ -59,8 +59,7 @@ class Tokenizer:
             raise InputError(f"{file} is not a tokenizer: {error}") from None
         settings = read_json(file.with_name("tokenizer_config.json"))
         self.chat_template = read_chat_template(file.parent, settings)
-        self.bos_token = token_text(settings.get("bos_token"))
-        self.eos_token = token_text(settings.get("eos_token"))
+        self.bos_token, self.eos_token = token_text(settings.get("bos_token")), token_text(settings.get("eos_token"))
         self.add_bos_token = settings.get("add_bos_token", False)
 
     def encode(self, text: str) -> list[int]:

