@@ -40,7 +40,7 @@ RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages toke
 Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")]
 
-
+# %% ../notebooks/17_cli.ipynb #7e5118c9
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
@@ -67,7 +67,7 @@ def open_llm(model: str | None, device: str, dtype: str | None, dequantize: bool
         raise InputError(f"--device {device} is not available here, expected auto, cpu or a GPU that PyTorch sees") from None
     return LLM(model, device, getattr(torch, dtype) if dtype else None, dequantize, max_batch)
 
-
+# %% ../notebooks/17_cli.ipynb #7b933c52
 def read_prompts(file: Path) -> list[str] | list[list[int]]:
     """One prompt per line, blank lines aside; or JSON objects with "prompt" (text or token ids) when the name ends in .jsonl."""
     try:
@@ -85,7 +85,7 @@ def read_prompts(file: Path) -> list[str] | list[list[int]]:
     except (ValueError, KeyError, TypeError):
         raise InputError(f'{file} is not JSONL with a "prompt" in every line') from None
 
-
+# %% ../notebooks/17_cli.ipynb #0ca2ac97
 @contextlib.contextmanager
 def open_output(file: Path | None) -> Iterator[TextIO]:
     """The stream that replies go to: a new file, or standard output for None. A file that stayed empty is removed again."""
@@ -141,7 +141,7 @@ def answer_file(llm: LLM, prompts: list, params: SamplingParams, stream: TextIO)
     seconds = time.perf_counter() - start
     remark(f"wrote {written} tokens for {len(prompts)} prompts in {seconds:.1f} s ({written / seconds:.1f} tokens/s)")
 
-
+# %% ../notebooks/17_cli.ipynb #6424036e
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; read from standard input when not given.")] = None,
@@ -199,7 +199,7 @@ def take_turn(llm: LLM, history: list[dict[str, str]], line: str, params: Sampli
         history.pop()
         remark(f"{error} (/clear forgets the conversation)")
 
-
+# %% ../notebooks/17_cli.ipynb #85de22e2
 @app.command()
 def chat(
     model: Model = None, device: Device = "auto", dtype: Dtype = None, dequantize: Dequantize = False,

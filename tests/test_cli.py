@@ -389,7 +389,7 @@ def device(model):
 
 
 def batch(model):
-    return ["--batch", "0"], "max_batch is 0, expected"
+    return ["--batch", "0"], "max_batch is 0 and"
 
 
 def output_without_prompts(model):
