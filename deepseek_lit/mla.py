@@ -41,8 +41,8 @@ def attend_naive(q: tuple[Tensor, Tensor], latents: tuple[Tensor, Tensor], weigh
     (q_nope_BSHN, q_rope_BSHR), (c_kv_BTC, k_rope_BTR), (w_uk_HNC, w_uv_HVC) = q, latents, weights
     heads = len(w_uk_HNC)
     # One flat product, as kv_b_proj is stored: PyTorch's is several times faster on two dimensions than on a batch.
-    kv_PX = F.linear(c_kv_BTC.flatten(0, 1), torch.cat([w_uk_HNC, w_uv_HVC], 1).flatten(0, 1))
-    k_nope_BHTN, v_BHTV = kv_PX.view(*c_kv_BTC.shape[:2], heads, -1).transpose(1, 2).split([w_uk_HNC.shape[1], w_uv_HVC.shape[1]], -1)
+    kv = F.linear(c_kv_BTC.flatten(0, 1), torch.cat([w_uk_HNC, w_uv_HVC], 1).flatten(0, 1))
+    k_nope_BHTN, v_BHTV = kv.view(*c_kv_BTC.shape[:2], heads, -1).transpose(1, 2).split([w_uk_HNC.shape[1], w_uv_HVC.shape[1]], -1)
     k_BHTK = torch.cat([k_nope_BHTN, k_rope_BTR[:, None].expand(-1, heads, -1, -1)], -1)
     q_BHSK = torch.cat([q_nope_BSHN, q_rope_BSHR], -1).transpose(1, 2)
     # PyTorch's fused attention wants values as wide as keys: pad them with zeros, and cut the zeros off the result.
