@@ -15,4 +15,7 @@ from .mla import LatentCache
 from .model import DeepSeekV3
 
 __version__ = version("deepseek-lit")
-_all_ = ["DeepSeekV3", "InputError", "LLM", "LatentCache", "ModelConfig", "RequestOutput", "SamplingParams", "load_model", "save_model"]
+_all_ = [
+    "DeepSeekV3", "InputError", "LLM", "LatentCache", "ModelConfig", "RequestOutput", "SamplingParams",
+    "load_model", "save_model",
+]  # fmt: skip

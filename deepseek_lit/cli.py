@@ -3,12 +3,14 @@
 # %% auto #0
 __all__ = ['app', 'Model', 'Device', 'Dtype', 'Dequantize', 'MaxTokens', 'Temperature', 'TopP', 'TopK', 'MinP',
            'RepetitionPenalty', 'Seed', 'Stop', 'root', 'open_llm', 'read_prompts', 'open_output', 'speed', 'say',
-           'remark', 'answer_file', 'generate', 'reply', 'take_turn', 'chat', 'out_of_memory', 'complain', 'main']
+           'remark', 'answer_file', 'generate', 'reply', 'take_turn', 'chat', 'human', 'count', 'layer_lines',
+           'as_table', 'inspect', 'cast_command', 'out_of_memory', 'complain', 'main']
 
 # %% ../notebooks/17_cli.ipynb #570f75da
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import sys
 import time
@@ -21,16 +23,21 @@ import torch
 import typer
 from tqdm import tqdm
 
+from .cast import cast
+from .checkpoint import inspect_checkpoint
 from .config import InputError
 from .generate import LLM, RequestOutput, SamplingParams
 
-# %% ../notebooks/17_cli.ipynb #dd735ac2
+# %% ../notebooks/17_cli.ipynb #73e309af
 app = typer.Typer(name="deepseek-lit", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+# %% ../notebooks/17_cli.ipynb #d4add350
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Model directory or Hugging Face hub id; the small bundled checkpoint when not given.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's when not given.")]
 Dequantize = Annotated[bool, typer.Option("--dequantize", help="Turn FP8 weights into the dtype once, at loading: more memory, faster.")]
+
+# %% ../notebooks/17_cli.ipynb #71d1d03f
 MaxTokens = Annotated[int, typer.Option(help="Longest reply, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that together reach this probability.")]
@@ -114,7 +121,7 @@ def speed(out: RequestOutput) -> str:
         return f"{read}, wrote 1 token"
     return f"{read}, wrote {reply} tokens in {out.seconds:.2f} s ({(reply - 1) / (out.seconds - out.prefill_seconds):.1f} tokens/s after the first)"
 
-
+# %% ../notebooks/17_cli.ipynb #95d85f73
 def say(text: str) -> None:
     """Print at once, without a new line."""
     print(text, end="", flush=True)
@@ -124,15 +131,15 @@ def remark(text: str) -> None:
     """One line on stderr: about the reply, not part of it."""
     print(text, file=sys.stderr, flush=True)
 
-# %% ../notebooks/17_cli.ipynb #95d85f73
-def answer_file(llm: LLM, prompts: list, params: SamplingParams, stream: TextIO) -> None:
+# %% ../notebooks/17_cli.ipynb #6424036e
+def answer_file(llm: LLM, prompts: list, ids: list[list[int]], params: SamplingParams, stream: TextIO) -> None:
     """Write one JSON object per prompt, batch by batch, with a progress bar when a person is watching."""
     written, start = 0, time.perf_counter()
     with tqdm(total=len(prompts), unit=" prompts", disable=not sys.stderr.isatty()) as bar:
         for first in range(0, len(prompts), llm.max_batch):
-            batch = prompts[first : first + llm.max_batch]
+            batch = ids[first : first + llm.max_batch]
             outputs = llm.generate(batch, params)
-            for prompt, out in zip(batch, outputs):
+            for prompt, out in zip(prompts[first:], outputs):
                 fields = {"prompt": prompt, "text": out.text, "token_ids": out.token_ids, "finish_reason": out.finish_reason}
                 print(json.dumps(fields, ensure_ascii=False), file=stream)
             stream.flush()
@@ -141,7 +148,7 @@ def answer_file(llm: LLM, prompts: list, params: SamplingParams, stream: TextIO)
     seconds = time.perf_counter() - start
     remark(f"wrote {written} tokens for {len(prompts)} prompts in {seconds:.1f} s ({written / seconds:.1f} tokens/s)")
 
-# %% ../notebooks/17_cli.ipynb #6424036e
+# %% ../notebooks/17_cli.ipynb #424ee628
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; read from standard input when not given.")] = None,
@@ -161,13 +168,12 @@ def generate(
     texts = read_prompts(prompts) if prompts else [sys.stdin.read() if prompt is None else prompt]
     with open_output(output) as stream:
         llm = open_llm(model, device, dtype, dequantize, batch)
-        for index, text in enumerate(texts):
-            llm.encode(text, index)
+        ids = [llm.encode(text, index) for index, text in enumerate(texts)]
         if prompts:
-            answer_file(llm, texts, params, stream)
+            answer_file(llm, texts, ids, params, stream)
         else:
             say(texts[0])
-            [out] = llm.generate(texts, params, on_text=lambda _, text: say(text))
+            [out] = llm.generate(ids, params, on_text=lambda _, text: say(text))
             print(flush=True)
             remark(speed(out))
 
@@ -189,7 +195,7 @@ def reply(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -> st
         remark("(stopped)")
     return "".join(said)
 
-
+# %% ../notebooks/17_cli.ipynb #e762a940
 def take_turn(llm: LLM, history: list[dict[str, str]], line: str, params: SamplingParams) -> None:
     """Answer `line` and remember both, or say why not and forget it."""
     history.append({"role": "user", "content": line})
@@ -235,12 +241,80 @@ def chat(
         elif line:
             take_turn(llm, history, line, params)
 
+# %% ../notebooks/17_cli.ipynb #97916731
+def human(nbytes: float) -> str:
+    """Bytes with a fitting unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:,.0f} B" if unit == "B" else f"{nbytes:,.2f} {unit}"
+        nbytes /= 1000
+
+# %% ../notebooks/17_cli.ipynb #31929831
+def count(number: int, noun: str) -> str:
+    """How many of something."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+# %% ../notebooks/17_cli.ipynb #3abb73b0
+def layer_lines(layers: list[dict]) -> list[tuple[str, int, int, str]]:
+    """Runs of equal layers: which, tensors and bytes of each, and what they consist of."""
+    lines = []
+    for _, run in itertools.groupby(layers, lambda layer: (layer["layer"] is None, layer["tensors"], layer["bytes"], layer["kinds"])):
+        first, *_, last = [*run] * 2
+        name = "outside of layers" if first["layer"] is None else f"layer {first['layer']}" if first is last else f"layers {first['layer']}–{last['layer']}, each"
+        largest = sorted(first["kinds"].items(), key=lambda item: -item[1])[:2]
+        lines.append((name, first["tensors"], first["bytes"], ", ".join(f"{kind} {human(nbytes)}" for kind, nbytes in largest)))
+    return lines
+
+# %% ../notebooks/17_cli.ipynb #39ca1117
+def as_table(report: dict) -> str:
+    """The report of `inspect_checkpoint`, for people."""
+    lines = [report["path"], f"{report['tensors']:,} tensors in {count(report['shards'], 'shard')}, {human(report['bytes'])}, {report['parameters']:,} parameters"]
+    for title, rows in (("stored as", report["dtypes"]), ("kind", report["kinds"])):
+        lines += ["", f"{title:24}{'tensors':>9}{'size':>13}{'share':>10}"]
+        lines += [f"{name:24}{row['tensors']:9,}{human(row['bytes']):>13}{row['bytes'] / max(report['bytes'], 1):10.3%}" for name, row in rows.items()]
+    lines += ["", f"{'where':24}{'tensors':>9}{'size':>13}   mostly"]
+    lines += [f"{name:24}{tensors:9,}{human(nbytes):>13}   {parts}" for name, tensors, nbytes, parts in layer_lines(report["layers"])]
+    problems = report["problems"]
+    lines += ["", "It fits its config.json: nothing is missing, nothing is extra." if not problems else f"{count(len(problems), 'problem')}:"]
+    lines += [f"- {problem}" for problem in problems[:20]] + [f"- and {len(problems) - 20} more, all in --json"] * (len(problems) > 20)
+    return "\n".join(lines)
+
+# %% ../notebooks/17_cli.ipynb #2f49b136
+@app.command()
+def inspect(
+    path: Annotated[str | None, typer.Argument(help="Model directory; the small bundled checkpoint when not given.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+) -> None:
+    """Say what is in a checkpoint, and what is wrong with it, from its headers alone."""
+    report = inspect_checkpoint(path)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if as_json else as_table(report))
+    if report["problems"]:
+        raise InputError(f"{report['path']} has {count(len(report['problems']), 'problem')}; the first: {report['problems'][0]}")
+
+# %% ../notebooks/17_cli.ipynb #cf97db0d
+@app.command("cast")
+def cast_command(
+    path: Annotated[str, typer.Argument(help="Model directory to read.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write: a new one, or that of the same conversion when it was interrupted.")],
+    to: Annotated[str, typer.Option(help="bf16 or fp8.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything again at the end and compare.")] = False,
+) -> None:
+    """Convert a checkpoint from FP8 to bfloat16 or back. The same command goes on where it was interrupted."""
+    start = time.perf_counter()
+    try:
+        written = cast(path, out, to, verify)
+    except KeyboardInterrupt:
+        remark("stopped; the same command goes on from here")
+        raise
+    seconds = time.perf_counter() - start
+    remark(f"wrote {human(written)} to {out} in {seconds:.1f} s ({human(written / seconds)}/s){', verified' if verify else ''}")
+
 # %% ../notebooks/17_cli.ipynb #debbbdd4
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error is the system's or the GPU's way of saying that memory has run out."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
-
+# %% ../notebooks/17_cli.ipynb #cb1759c6
 def complain(error: BaseException) -> int:
     """Say what is wrong in one line on stderr and give the exit code; an error that is not the user's is raised again."""
     if isinstance(error, InputError):
@@ -252,7 +326,7 @@ def complain(error: BaseException) -> int:
     remark(f"deepseek-lit: {sentence}")
     return 2
 
-
+# %% ../notebooks/17_cli.ipynb #e9da6624
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2; `--debug` anywhere shows the traceback instead."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):

@@ -7,11 +7,12 @@ __all__ = ['choose_groups', 'choose_experts', 'Gate']
 import torch
 from torch import nn
 
+from . import cpu, fp8
 from .config import ModelConfig
 
 # %% ../notebooks/04_gate.ipynb #f45f60f5
 def choose_groups(biased_SE: torch.Tensor, n_group: int, topk_group: int) -> torch.Tensor:
-    """Which experts stay eligible, bool [S, E]: those of the `topk_group` groups whose two best biased scores sum highest (TR 2.1.2)."""
+    """Which experts stay eligible, bool [S, E]: `topk_group` groups, those whose two best biased scores sum highest (TR 2.1.2)."""
     grouped_SGE = biased_SE.unflatten(-1, (n_group, -1))
     best_SG = grouped_SGE.topk(min(2, grouped_SGE.shape[-1]), -1).values.sum(-1)
     keep_SG = torch.zeros_like(best_SG, dtype=torch.bool).scatter(1, best_SG.topk(topk_group, -1).indices, True)
@@ -41,9 +42,17 @@ class Gate(nn.Module):
 
     def forward(self, x_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights, float32 [S, K], and indices, int64 [S, K], of each token's experts."""
+        c = self.config
+        rules = c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
+        if cpu.serves(x_SD, (self.weight, None)):
+            return cpu.route(x_SD, self.weight, self.e_score_correction_bias.float(), *rules)
         scores_SE = self.scores(x_SD)
-        experts_SK = choose_experts(scores_SE, self.e_score_correction_bias, self.config)
+        if fp8.on_gpu(x_SD):
+            from deepseek_lit.kernels import moe as kernels
+
+            return kernels.gate_topk(scores_SE, self.e_score_correction_bias.float(), *rules)
+        experts_SK = choose_experts(scores_SE, self.e_score_correction_bias, c)
         weights_SK = scores_SE.gather(1, experts_SK)
-        if self.config.norm_topk_prob:
+        if c.norm_topk_prob:
             weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + 1e-20)
-        return weights_SK * self.config.routed_scaling_factor, experts_SK
+        return weights_SK * c.routed_scaling_factor, experts_SK

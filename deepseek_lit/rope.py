@@ -10,22 +10,22 @@ import torch
 
 from .config import ModelConfig, Yarn
 
-# %% ../notebooks/02_rope.ipynb #fa8b262e
+# %% ../notebooks/02_rope.ipynb #082c245c
 def rope_table(positions_BS: torch.Tensor, frequencies: torch.Tensor, amplitude: float = 1.0) -> torch.Tensor:
-    """Complex numbers of length `amplitude` that turn each pair to its position: complex64 [batch, seq, qk_rope_head_dim / 2]."""
+    """Complex numbers of length `amplitude` that turn each pair to its position: complex64 [batch, seq, R / 2]."""
     angles = positions_BS[..., None].float() * frequencies
     return torch.polar(torch.full_like(angles, amplitude), angles)
 
 
 def apply_rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn the interleaved pairs (x[2i], x[2i+1]) of the last dimension; `x` is [batch, seq, ..., R], the result has its dtype."""
+    """Turn the interleaved pairs (x[2i], x[2i+1]) of the last dimension of `x` [batch, seq, ..., R], keeping its dtype."""
     pairs = torch.complex(x[..., 0::2].float(), x[..., 1::2].float())
     table = table.view(*table.shape[:2], *[1] * (x.dim() - 3), -1)
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 # %% ../notebooks/02_rope.ipynb #3c90bf3c
 def yarn_ramp(yarn: Yarn, dim: int, theta: float) -> torch.Tensor:
-    """How far each of the `dim / 2` pairs is slowed down: 0 keeps its frequency, 1 divides it by `yarn.factor` (TR 4.3)."""
+    """How far each of the `dim / 2` pairs is slowed: 0 keeps its frequency, 1 divides it by `yarn.factor` (TR 4.3)."""
 
     def pair(turns: float) -> float:  # the pair that makes this many turns over the original context
         return dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -57,7 +57,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 # %% ../notebooks/02_rope.ipynb #cf486adc
 def rope_amplitude(config: ModelConfig) -> float:
-    """What cos and sin are multiplied by: mscale / mscale_all_dim, 1.0 in the release; m where the config does not give both."""
+    """What cos and sin are multiplied by: mscale / mscale_all_dim, 1.0 in the release; m where a config lacks them."""
     yarn = config.rope_scaling
     if yarn is None:
         return 1.0

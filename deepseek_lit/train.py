@@ -33,7 +33,7 @@ def standard_library() -> list[Path]:
     skip = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
     return sorted(file for file in root.rglob("*.py") if not skip & set(file.relative_to(root).parts))
 
-
+# %% ../notebooks/16_training.ipynb #7e494699
 def read_sources(files: list[Path]) -> list[str]:
     """Their texts; files that are not UTF-8 are left out."""
     texts = []
@@ -47,14 +47,14 @@ def read_sources(files: list[Path]) -> list[str]:
 # %% ../notebooks/16_training.ipynb #d24a22e9
 BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 
-# Where the release's tokenizer.json cuts text before byte pairs are merged: digits by three, Chinese and Japanese runs, then words, marks and spaces.
+# Where the release's tokenizer.json cuts text before byte pairs are merged.
 CUTS = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 
-
+# %% ../notebooks/16_training.ipynb #bff73b02
 def train_tokenizer(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer of the release's kind: the same cuts, BOS 0, EOS 1, and a token for every byte."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -73,7 +73,7 @@ def pack(texts: list[str], tokenizer: tokenizers.Tokenizer) -> torch.Tensor:
     ids = [[0, *encoding.ids, 1] for encoding in tokenizer.encode_batch(texts)]
     return torch.tensor([token for text in ids for token in text], dtype=torch.int32)
 
-
+# %% ../notebooks/16_training.ipynb #e1af2925
 def draw_batch(ids: torch.Tensor, batch: int, seq: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Random windows of the row: inputs and, one token later, targets, int64 [batch, seq]."""
     starts = torch.randint(len(ids) - seq, (batch, 1), generator=generator)
@@ -98,7 +98,7 @@ class TrainConfig:
     gamma: float = 5e-3
     seed: int = 0
 
-
+# %% ../notebooks/16_training.ipynb #34d53e03
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The report's shape in proportion (TR 4.2): linear warm-up, constant, cosine down to `final_lr`."""
     warm, start = config.warmup * config.steps, (config.warmup + config.constant) * config.steps
@@ -114,7 +114,7 @@ def loss_of(model: DeepSeekV3, inputs: torch.Tensor, targets: torch.Tensor) -> t
         logits = model(inputs)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-
+# %% ../notebooks/16_training.ipynb #db34101b
 @torch.no_grad()
 def validate(model: DeepSeekV3, ids: torch.Tensor, config: TrainConfig, batches: int = 8) -> float:
     """Mean loss on the same few held-out windows every time."""
@@ -162,7 +162,7 @@ def make_optimizer(model: DeepSeekV3, config: TrainConfig) -> torch.optim.AdamW:
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
-
+# %% ../notebooks/16_training.ipynb #8d0e200a
 def train_step(model: DeepSeekV3, optimizer: torch.optim.Optimizer, batch: tuple[torch.Tensor, torch.Tensor], config: TrainConfig, counter: LoadCounter) -> float:
     """One step: loss, gradients, clip, AdamW, and the gate biases by the loads just seen. Returns the loss."""
     counter.reset()
@@ -185,7 +185,7 @@ def training_steps(model: DeepSeekV3, ids: torch.Tensor, config: TrainConfig) ->
         yield train_step(model, optimizer, draw_batch(ids, config.batch, config.seq, generator), config, counter), counter
     counter.remove()
 
-
+# %% ../notebooks/16_training.ipynb #b21cd2ce
 def train(model: DeepSeekV3, ids: torch.Tensor, held_out: torch.Tensor, config: TrainConfig, every: int = 100) -> list[dict[str, float]]:
     """Train in place; every `every` steps a row of step, loss, max violation and validation loss, which are also returned."""
     rows = []
@@ -203,7 +203,7 @@ CHAT_TEMPLATE = (
     "{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
 )
 
-
+# %% ../notebooks/16_training.ipynb #8e6f00ac
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
     """tokenizer.json, tokenizer_config.json with the chat template, and generation_config.json, as the release has them."""
     tokenizer.save(str(path / "tokenizer.json"))

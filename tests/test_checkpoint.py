@@ -1,6 +1,9 @@
 """Opening checkpoints: sound ones of every kind, and damaged ones, each of which must be refused in one sentence that names what is wrong."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,8 @@ from models import random_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from deepseek_lit import checkpoint
-from deepseek_lit.checkpoint import INDEX, load_model, map_checkpoint
-from deepseek_lit.config import InputError
+from deepseek_lit.checkpoint import INDEX, inspect_checkpoint, load_model, map_checkpoint, spread, write_hollow
+from deepseek_lit.config import InputError, ModelConfig, checkpoint_tensors
 
 FP8 = random_config(3, fp8=True, torch_dtype="bfloat16")
 PLAIN = random_config(3)
@@ -168,6 +171,20 @@ def index_with_numbers(path):
     return INDEX, "weight_map"
 
 
+def index_leaves_the_directory(path):
+    index = read_index(path)
+    index["weight_map"][WEIGHT] = "../elsewhere.safetensors"
+    write_index(path, index)
+    return INDEX, "a file of this directory"
+
+
+def index_with_absolute_name(path):
+    index = read_index(path)
+    index["weight_map"][WEIGHT] = "/etc/model.safetensors"
+    write_index(path, index)
+    return INDEX, "a file of this directory"
+
+
 def index_names_absent_tensor(path):
     index = read_index(path)
     index["weight_map"]["model.layers.9.guest.weight"] = shard_of(path, WEIGHT).name
@@ -245,6 +262,11 @@ def more_experts_than_config(path):
     return "mlp.gate.weight has shape [8, ", "expected [4, "
 
 
+def dtype_auto(path):
+    edit_config(path, lambda config: config.update(torch_dtype="auto"))
+    return "config.json", "torch_dtype is 'auto', expected one of"
+
+
 def no_config(path):
     (path / "config.json").unlink()
     return ("config.json", "does not exist")
@@ -252,9 +274,9 @@ def no_config(path):
 
 DAMAGE = [
     truncate, truncate_in_header, empty, missing_shard, git_lfs_pointer, header_not_json, header_a_list, trailing_bytes, unknown_dtype, entry_without_shape,
-    negative_offset, overlapping_offsets, span_against_shape, index_not_json, index_without_map, index_with_numbers, index_names_absent_tensor, duplicate_tensor,
+    negative_offset, overlapping_offsets, span_against_shape, index_not_json, index_without_map, index_with_numbers, index_leaves_the_directory, index_with_absolute_name, index_names_absent_tensor, duplicate_tensor,
     no_shards, missing_weight, weight_without_scale, scale_without_weight, scale_of_plain_weight, wrong_shape, wrong_scale_shape, plain_weight_in_fp8,
-    fp8_without_config, fp8_norm, unknown_tensor, more_experts_than_config, no_config,
+    fp8_without_config, fp8_norm, unknown_tensor, more_experts_than_config, dtype_auto, no_config,
 ]  # fmt: skip
 
 
@@ -399,3 +421,93 @@ def test_an_fp8_model_is_not_quantised_again(sound, tmp_path):
 def test_saving_leaves_no_temporary_names(sound):
     assert not list(sound.glob("*.part"))
     assert {file.name for file in sound.glob("*.safetensors")} == set(read_index(sound)["weight_map"].values())
+
+
+# What is in there
+
+
+def header_facts(path: Path) -> dict[str, tuple[str, int]]:
+    """Dtype and bytes of every tensor, by reading the headers as the format says and nothing else."""
+    facts = {}
+    for file in path.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header.pop("__metadata__", None)
+        facts |= {name: (entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in header.items()}
+    return facts
+
+
+def test_inspection_equals_the_headers(sound):
+    report, facts = json.loads(json.dumps(inspect_checkpoint(sound))), header_facts(sound)
+    assert report["tensors"] == len(facts) and report["bytes"] == sum(nbytes for _, nbytes in facts.values())
+    assert report["shards"] == len(list(sound.glob("*.safetensors"))) and report["problems"] == report["missing"] == report["extra"] == []
+    for code, row in report["dtypes"].items():
+        found = [nbytes for dtype, nbytes in facts.values() if dtype == code]
+        assert row == {"tensors": len(found), "bytes": sum(found)}
+    assert report["parameters"] == sum(parameter.numel() for name, parameter in load_model(sound).named_parameters() if not name.endswith("_scale_inv"))
+    for layer in report["layers"]:
+        found = [nbytes for name, (_, nbytes) in facts.items() if (f".layers.{layer['layer']}." in name if layer["layer"] is not None else ".layers." not in name)]
+        assert layer["tensors"] == len(found) and layer["bytes"] == sum(found) == sum(layer["kinds"].values())
+    marks = {"routed experts": ".experts.", "shared expert": "shared_experts", "attention": "self_attn", "gate": "mlp.gate.", "norms": "norm", "scales": "_scale_inv"}
+    for kind, mark in marks.items():
+        found = [nbytes for name, (_, nbytes) in facts.items() if mark in name and (kind == "scales" or "_scale_inv" not in name) and (kind != "attention" or "norm" not in name)]
+        assert report["kinds"][kind] == {"tensors": len(found), "bytes": sum(found)}
+
+
+@pytest.mark.parametrize("damage", [damage for damage in DAMAGE if damage not in (empty, no_shards)], ids=lambda damage: damage.__name__)
+def test_inspection_tells_what_loading_refuses(damage, model_dir):
+    """Whatever stops `load_model` stands in the report, unless nothing at all can be read."""
+    damage(model_dir)
+    with pytest.raises(InputError) as caught:
+        load_model(model_dir)
+    try:
+        problems = inspect_checkpoint(model_dir)["problems"]
+    except InputError as error:
+        problems = [str(error)]
+        assert INDEX in problems[0]
+    assert any(problem in str(caught.value) for problem in problems)
+
+
+def test_inspection_lists_everything(model_dir):
+    total = len(header_facts(model_dir))
+    lost = next(file for file in sorted(model_dir.glob("*.safetensors")) if file != shard_of(model_dir, "model.norm.weight"))
+    edit(model_dir, "model.norm.weight", lambda tensors: tensors.update({"model.guest.weight": torch.ones(2)}))
+    drop(model_dir, "model.norm.weight")
+    lost.unlink()
+    report = inspect_checkpoint(model_dir)
+    assert len(report["problems"]) == 4 and "model.norm.weight" in report["missing"] and report["extra"] == ["model.guest.weight"]
+    assert report["tensors"] == total - len(report["missing"]) + 1
+    assert f"{len(report['missing']) - 1} tensors of the model lie in shards that could not be read" in report["problems"]
+
+
+def test_the_map_of_the_release():
+    tensors, dealt = checkpoint_tensors(ModelConfig()), spread(ModelConfig())
+    assert len(dealt) == 163 and sorted(name for names in dealt for name in names) == sorted(tensors)
+    assert [len(spread(FP8, shards)) for shards in (1, 2, 7)] == [1, 2, 7]
+
+
+OPEN = """
+import json, sys, time, torch
+torch.set_num_threads(1)
+from deepseek_lit.checkpoint import inspect_checkpoint, load_model
+status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+start = time.process_time()
+model = load_model(sys.argv[1])
+seconds = time.process_time() - start
+parameters = sum(p.numel() for name, p in model.named_parameters() if "_scale_inv" not in name)
+start = time.process_time()
+report = inspect_checkpoint(sys.argv[1])
+print(json.dumps({"seconds": seconds, "peak": status("VmHWM"), "parameters": parameters, "inspect": time.process_time() - start, "kinds": report["kinds"], "problems": report["problems"]}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_the_full_size_layout_opens_in_seconds(tmp_path):
+    """91,991 tensors and 641 GiB of holes. The clock is the processor's and the bound generous: this must not fail because a machine is busy."""
+    write_hollow(ModelConfig(), tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 688e9 > 1e8 > sum(512 * file.stat().st_blocks for file in tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "-c", OPEN, str(tmp_path)], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    facts = json.loads(done.stdout)
+    assert facts["parameters"] == 671_026_419_200 and facts["problems"] == []
+    assert facts["peak"] < 2e9 and facts["seconds"] < 9 and facts["inspect"] < 9
+    assert facts["kinds"]["MTP"]["tensors"] == 1564 and sum(row["tensors"] for row in facts["kinds"].values()) == 91_991

@@ -17,7 +17,7 @@ from models import random_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from deepseek_lit import LLM, cli, generate
-from deepseek_lit.checkpoint import resolve
+from deepseek_lit.checkpoint import inspect_checkpoint, resolve
 from deepseek_lit.tokenizer import Tokenizer
 
 COMMAND = [sys.executable, "-c", "from deepseek_lit.cli import main; main()"]
@@ -75,6 +75,9 @@ def test_version_and_help(run):
     code, out, _ = run("--help")
     assert code == 0 and "generate" in out and "chat" in out and "--debug" in out
     assert run()[1] == out
+    for command, words in {"inspect": ["path", "--json"], "cast": ["path", "out", "--to", "--verify"]}.items():
+        code, out, _ = run(command, "--help")
+        assert code == 0 and all(word in out.lower() for word in words)
     for command in ("generate", "chat"):
         code, out, _ = run(command, "--help")
         names = ("--model", "--device", "--dtype", "--dequantize", "--max-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty", "--seed", "--stop")
@@ -169,6 +172,74 @@ def test_a_turn_beyond_the_context_is_forgotten(run, master, monkeypatch, conver
     code, _, err = run("chat", "-m", master, *SHORT)
     assert code == 0 and "expected at most 4095" in err and "/clear" in err and "Traceback" not in err
     assert conversations[-1] == ["hello"]
+
+
+# Checkpoints
+
+
+def test_inspect_prints_a_table_and_json(run, master):
+    code, out, err = run("inspect", master)
+    assert code == 0 and err == "" and "F8_E4M3" in out and "routed experts" in out and "fits its config.json" in out
+    code, out, err = run("inspect", master, "--json")
+    report = json.loads(out)
+    assert code == 0 and err == "" and report == inspect_checkpoint(master)
+    code, out, _ = run("inspect")
+    assert code == 0 and "in 1 shard," in out
+
+
+def test_inspect_of_a_damaged_checkpoint(run, model):
+    some_shard(model).unlink()
+    code, out, err = run("inspect", model)
+    assert code == 2 and "2 problems:" in out and err.count("\n") == 1 and "has 2 problems; the first: " in err and "does not exist" in err
+    code, out, err = run("inspect", model, "--json")
+    assert code == 2 and len(json.loads(out)["problems"]) == 2 and err.count("\n") == 1
+    (model / "config.json").unlink()
+    code, out, err = run("inspect", model)
+    assert code == 2 and "config.json does not exist" in out and "routed experts" in out
+
+
+def test_a_thousand_problems_are_not_printed(run, model):
+    edit_json(model / "config.json", n_routed_experts=16)
+    code, out, _ = run("inspect", model)
+    assert code == 2 and " more, all in --json" in out and out.count("\n- ") == 21
+
+
+def test_nothing_to_inspect(run, model, tmp_path):
+    check_sentence(run("inspect", tmp_path / "nowhere"), "does not exist")
+    check_sentence(run("inspect", "deepseek-ai/DeepSeek-V3"), "does not exist")
+    check_sentence(run("inspect", some_shard(model)), "is a file")
+    (model / "model.safetensors.index.json").write_text("[]")
+    check_sentence(run("inspect", model), "is not an index")
+    (tmp_path / "empty").mkdir()
+    check_sentence(run("inspect", tmp_path / "empty"), "holds no *.safetensors")
+
+
+def test_cast_there_and_back(run, master, tmp_path):
+    code, out, err = run("cast", master, tmp_path / "wide", "--to", "bf16", "--verify")
+    assert code == 0 and out == "" and err.count("\n") == 1 and "wrote " in err and "verified" in err
+    reply = run("generate", "-m", tmp_path / "wide", "--prompt", "def ", *SHORT)[1]
+    assert reply.startswith("def ")
+    assert run("cast", tmp_path / "wide", tmp_path / "narrow", "--to", "fp8")[0] == 0
+    assert run("inspect", tmp_path / "narrow")[0] == 0
+
+
+def test_cast_refuses(run, master, tmp_path):
+    check_sentence(run("cast", master, tmp_path / "out", "--to", "fp8"), "holds FP8 weights already")
+    check_sentence(run("cast", master, tmp_path / "out", "--to", "int4"), "expected bf16 or fp8")
+    check_sentence(run("cast", master, master, "--to", "bf16"), "is the checkpoint itself")
+    check_sentence(run("cast", tmp_path / "nowhere", tmp_path / "out", "--to", "bf16"), "does not exist")
+    check_sentence(run("cast", master, "/dev/null/out", "--to", "bf16"), "Not a directory")
+    code, _, err = run("cast", master, tmp_path / "out")
+    assert code == 2 and "--to" in err and "Traceback" not in err
+
+
+def test_an_interrupted_cast_says_that_it_can_go_on(run, master, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "cast", interrupted)
+    code, _, err = run("cast", master, tmp_path / "out", "--to", "bf16")
+    assert code == 130 and err == "stopped; the same command goes on from here\n"
 
 
 # In a shell of their own

@@ -1,5 +1,6 @@
 """The C kernels against float64, and what happens around the compiler: none at all, two builds at a time."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,16 +10,26 @@ import pytest
 import torch
 
 from deepseek_lit import cpu, fp8
+from deepseek_lit.config import ModelConfig
+from deepseek_lit.gate import Gate
+from deepseek_lit.generate import decode, prefill
+from deepseek_lit.mla import LatentCache, attend_absorbed
+from deepseek_lit.model import DeepSeekV3, init_weights
+from deepseek_lit.moe import MLP, MoE
 
-ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17]
-COLUMNS = [1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 63, 127, 128, 129, 160, 255, 256, 257, 300]
+ROWS = [1, 2, 5, 6, 8, 9, 17]
+COLUMNS = [1, 7, 16, 31, 33, 63, 127, 128, 129, 257]
 needs_kernels = pytest.mark.skipif(cpu.kernels() is None, reason="no C compiler")
+
+
+def poisoned(self, *shape, dtype=None):
+    return torch.full(shape, -(2**40) if dtype == torch.int64 else float("nan"), dtype=dtype or self.dtype)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_without_gradients(monkeypatch):
     """Results start as NaN, so that a number nobody wrote is seen."""
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: torch.full(shape, float("nan"), dtype=self.dtype))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     with torch.no_grad():
         yield
 
@@ -39,34 +50,201 @@ def assert_rounded(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor):
     assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-18 * magnitude).all()
 
 
+def quantized(dense: torch.Tensor) -> tuple[tuple, torch.Tensor]:
+    """An FP8 copy whose scales differ from block to block, and the plain weights it stands for."""
+    weight, scale = fp8.quantize(dense.float() * (10.0 ** (torch.arange(len(dense)) // 128 * 2))[:, None])
+    return (weight, scale), fp8.dequantize(weight, scale).bfloat16()
+
+
 @needs_kernels
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("rows", ROWS)
-def test_bf16_is_float64_rounded(rows, columns):
+def test_products_are_float64_rounded(rows, columns, kind):
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
-    for out in (1, 5, 33):
-        x, weight = torch.randn(rows, columns, generator=generator).bfloat16(), torch.randn(out, columns, generator=generator).bfloat16()
-        assert_rounded(cpu.small_linear(x, weight), x, weight)
+    for out in (1, 5, 33, 129, 260):
+        x, dense = torch.randn(rows, columns, generator=generator).bfloat16(), torch.randn(out, columns, generator=generator).bfloat16()
+        matrix, plain = ((dense, None), dense) if kind == "bf16" else quantized(dense)
+        assert_rounded(cpu.small_linear(x, *matrix), x, plain)
 
 
 @needs_kernels
-@pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("rows", ROWS)
-def test_fp8_is_float64_rounded(rows, columns):
-    generator = torch.Generator().manual_seed(rows * 1000 + columns)
-    for out in (1, 129, 260):
-        x, dense = torch.randn(rows, columns, generator=generator).bfloat16(), torch.randn(out, columns, generator=generator)
-        weight, scale = fp8.quantize(dense * (10.0 ** (torch.arange(out) // 128 * 2))[:, None])  # scales that differ from block to block
-        assert_rounded(cpu.small_linear(x, weight, scale), x, fp8.dequantize(weight, scale, torch.float64))
+@pytest.mark.parametrize("shape", [(1, 1), (127, 129), (128, 128), (300, 64), (260, 1000)])
+def test_decoding_is_dequantising(shape):
+    (weight, scale), plain = quantized(torch.randn(shape))
+    assert torch.equal(cpu.decode(weight, scale), plain)
 
 
 @needs_kernels
-def test_leading_dimensions_strides_and_scale_dtype():
+def test_every_byte_and_scales_of_any_size():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].contiguous()
+    for factor in (1.0, 2.0**-100, 2.0**100, 3e-7):
+        scale = torch.full((2, 1), factor)
+        torch.testing.assert_close(cpu.decode(codes, scale), fp8.dequantize(codes, scale).bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def routed_by_hand(x, weights, chosen, plain):
+    """Every token through its experts in float64."""
+    y = torch.zeros(x.shape, dtype=torch.double)
+    for token in range(len(x)):
+        for weight, e in zip(weights[token], chosen[token]):
+            gate, up, down = (m.double() for m in plain[e])
+            y[token] += weight * (down @ (torch.nn.functional.silu(gate @ x[token].double()) * (up @ x[token].double())))
+    return y
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "mixed"])
+@pytest.mark.parametrize("hidden, width", [(8, 8), (130, 70), (64, 129), (257, 200)])
+@pytest.mark.parametrize("tokens, top, count", [(1, 1, 1), (1, 3, 5), (7, 2, 4), (40, 2, 3), (3, 4, 16)])
+def test_experts_are_their_tokens_one_by_one(tokens, top, count, hidden, width, kind):
+    torch.manual_seed(tokens * 100 + hidden)
+    matrices, plain = [], []
+    for e in range(count):
+        made = [(torch.randn(shape) * 0.1).bfloat16() for shape in ((width, hidden), (width, hidden), (hidden, width))]
+        both = [quantized(m) if kind == "fp8" or kind == "mixed" and (e + i) % 2 else ((m, None), m) for i, m in enumerate(made)]
+        matrices.append(tuple(m for m, _ in both))
+        plain.append([m for _, m in both])
+    x, weights = torch.randn(tokens, hidden).bfloat16(), torch.rand(tokens, top) + 0.1
+    chosen = torch.stack([torch.randperm(count)[:top] for _ in range(tokens)])
+    if count == 3:
+        chosen = torch.zeros_like(chosen)  # one expert gets all, the others none
+    ours, exact = cpu.experts(x, weights, chosen, matrices), routed_by_hand(x, weights, chosen, plain)
+    assert (ours.double() - exact).norm() <= 2**-7 * exact.norm() and ours.dtype == torch.bfloat16
+
+
+@needs_kernels
+def test_a_dense_layer_is_one_expert():
+    mlp = MLP(130, 70)
+    for layer in mlp.children():
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    mlp, x = mlp.bfloat16(), torch.randn(2, 3, 130).bfloat16()
+    exact = copy.deepcopy(mlp).double()(x.double())
+    ours = mlp(x)
+    assert torch.equal(ours, cpu.mlp(x, mlp.matrices())) and ours.shape == x.shape
+    assert (ours.double() - exact).norm() <= 2**-7 * exact.norm()
+
+
+@needs_kernels
+def test_experts_that_change_are_noticed():
+    config = ModelConfig(hidden_size=32, moe_intermediate_size=16, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=4, n_shared_experts=0)
+    moe, x = MoE(config), torch.randn(1, 2, 32).bfloat16()
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    moe = moe.bfloat16()
+    before, table = moe(x), moe.known
+    assert table is not None and torch.equal(moe(x), before) and moe.known is table
+    moe.experts[2].down_proj.weight.data *= 2  # in place: the same memory
+    changed = moe(x)
+    assert not torch.equal(changed, before)
+    for expert in moe.experts:  # new tensors everywhere, as after loading a state
+        for layer in expert.children():
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone() * 0, requires_grad=False)
+    assert not moe(x).any()
+    moe.experts[3].up_proj.weight.data = moe.experts[3].up_proj.weight.data.mT.contiguous().mT
+    moe.known = None
+    assert moe.matrices() is None and not moe(x).any()  # unreadable from C: the plain loop
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("heads, nope, rope, value, latent", [(1, 8, 2, 8, 16), (3, 24, 8, 16, 40), (16, 12, 4, 20, 129), (9, 128, 64, 128, 512)])
+@pytest.mark.parametrize("lengths, tokens", [([1], 1), ([5], 5), ([63, 2, 130], 1), ([7, 4], 3)])
+def test_attention_is_the_absorbed_form(lengths, tokens, heads, nope, rope, value, latent, kind):
+    torch.manual_seed(heads)
+    batch, slots = len(lengths), max(lengths) + 3
+    q = torch.randn(batch, tokens, heads, nope).bfloat16(), torch.randn(batch, tokens, heads, rope).bfloat16()
+    cache = torch.full((batch, slots, latent), float("nan")).bfloat16(), torch.full((batch, slots, rope), float("nan")).bfloat16()
+    for row, length in enumerate(lengths):
+        for part in cache:
+            part[row, :length] = torch.randn(length, part.shape[-1]).bfloat16()
+    dense = (torch.randn(heads * (nope + value), latent) * latent**-0.5).bfloat16()
+    kv_b, plain = ((dense, None), dense) if kind == "bf16" else quantized(dense)
+    positions = torch.tensor([[length - tokens + s for s in range(tokens)] for length in lengths])
+    ours = cpu.attend(q, tuple(part[:, : max(lengths)] for part in cache), kv_b, positions, (nope + rope) ** -0.5)
+    up = plain.double().unflatten(0, (heads, -1)).split([nope, value], 1)
+    for row, length in enumerate(lengths):
+        seen = torch.arange(length) <= positions[row, :, None]
+        exact = attend_absorbed(
+            tuple(part[row : row + 1].double() for part in q), tuple(part[row : row + 1, :length].double() for part in cache), up, (nope + rope) ** -0.5, seen[None]
+        )
+        assert (ours[row].double() - exact[0]).norm() <= 2**-7 * exact.norm()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows, size", [(1, 1), (3, 7), (1, 1024), (20, 513)])
+def test_the_norm_is_float64_rounded(rows, size):
+    wide, weight = torch.randn(2, rows, size + 5).bfloat16() * 30, torch.rand(size).bfloat16()
+    for x in (wide[..., :size], wide[..., :size].contiguous(), wide[0, :, 5:], wide[..., :size].mT.contiguous().mT):
+        exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()[: x.shape[-1]]
+        ours = cpu.rms_norm(x, weight, 1e-6)
+        assert ours.shape == x.shape and ((ours.double() - exact).abs() <= 2**-8 * exact.abs()).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("experts, groups, keep, top", [(1, 1, 1, 1), (6, 1, 1, 3), (8, 8, 3, 3), (8, 4, 2, 4), (64, 8, 4, 8), (256, 8, 4, 8), (6, 2, 1, 2)])
+def test_routes_are_the_gates(experts, groups, keep, top, normalise, monkeypatch):
+    config = ModelConfig(
+        hidden_size=72, n_routed_experts=experts, n_group=groups, topk_group=keep, num_experts_per_tok=top, norm_topk_prob=normalise, routed_scaling_factor=2.5
+    )
+    gate = Gate(config)
+    torch.nn.init.normal_(gate.weight)
+    gate.weight.data = gate.weight.bfloat16()
+    for shift in (-3.0, 0.0, 2.0):  # biases that make every biased score negative, and the release's kind
+        torch.nn.init.normal_(gate.e_score_correction_bias, shift, 0.1)
+        for tokens in (1, 9, 33):
+            x = torch.randn(tokens, 72).bfloat16() * 0.2
+            weights, chosen = gate(x)
+            with monkeypatch.context() as patched:
+                patched.setattr(cpu, "serves", lambda x, *matrices: False)
+                exact, expected = gate(x)
+            assert torch.equal(chosen, expected) and chosen.dtype == torch.int64
+            torch.testing.assert_close(weights, exact, rtol=1e-5, atol=1e-7)
+
+
+@needs_kernels
+def test_of_equal_scores_the_first_wins():
+    weights, chosen = cpu.route(torch.zeros(2, 8).bfloat16(), torch.ones(8, 8).bfloat16(), torch.zeros(8), 4, 2, 3, True, 1.0)
+    assert chosen.tolist() == [[0, 1, 2]] * 2 and torch.allclose(weights, torch.full((2, 3), 1 / 3))
+
+
+@needs_kernels
+@pytest.mark.parametrize("fp8_weights", [False, True])
+def test_the_model_speaks_the_same_with_and_without(fp8_weights, monkeypatch):
+    config = ModelConfig(
+        vocab_size=64, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, q_lora_rank=24, kv_lora_rank=40, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+        first_k_dense_replace=1, intermediate_size=200, moe_intermediate_size=40, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, n_group=2, topk_group=1,
+        num_nextn_predict_layers=0,
+    )  # fmt: skip
+    model = init_weights(DeepSeekV3(config), 1)
+    if fp8_weights:
+        for layer in model.modules():
+            if isinstance(layer, fp8.Linear) and layer is not model.lm_head:
+                weight, scale = fp8.quantize(layer.weight * 20)
+                layer.weight, layer.weight_scale_inv = (torch.nn.Parameter(t, requires_grad=False) for t in (weight, scale))
+    exact = copy.deepcopy(model)
+    prompts = [[5, 7, 9, 11, 2], [3, 1]]
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and "scale_inv" not in name and "bias" not in name:
+            parameter.data = parameter.data.bfloat16()
+    logits = {}
+    for way in ("compiled", "plain"):
+        if way == "plain":
+            monkeypatch.setattr(cpu, "serves", lambda x, *matrices: False)
+        cache = LatentCache(config, 2, 12, dtype=torch.bfloat16)
+        logits[way] = torch.stack([prefill(model, prompts, cache, 3)] + [decode(model, [4 + i, 6], [5 + i, 2 + i], cache) for i in range(4)])
+    cache = LatentCache(config, 2, 12)
+    reference = torch.stack([prefill(exact, prompts, cache, 3)] + [decode(exact, [4 + i, 6], [5 + i, 2 + i], cache) for i in range(4)])
+    away = {way: float((found - reference).norm() / reference.norm()) for way, found in logits.items()}
+    assert away["compiled"] < max(1.5 * away["plain"], 0.02), away
+
+
+@needs_kernels
+def test_leading_dimensions_and_strides():
     x = torch.randn(3, 2, 300).bfloat16().transpose(0, 1)
-    weight, scale = fp8.quantize(torch.randn(130, 300))
-    y = cpu.small_linear(x, weight, scale)
-    assert_rounded(y, x, fp8.dequantize(weight, scale, torch.float64))
-    assert torch.equal(cpu.small_linear(x, weight, scale.repeat(1, 2)[:, : scale.shape[1]].double()), y)
+    (weight, scale), plain = quantized(torch.randn(130, 300))
+    assert_rounded(cpu.small_linear(x, weight, scale), x, plain)
 
 
 @needs_kernels
@@ -83,14 +261,17 @@ def test_what_is_not_a_number_is_passed_on(bad):
 
 @needs_kernels
 def test_which_products_are_taken():
-    x, weight = torch.ones(cpu.MAX_ROWS, 8).bfloat16(), torch.ones(4, 8).bfloat16()
-    assert cpu.takes(x, weight) and cpu.takes(x.view(2, -1, 8), weight) and cpu.takes(x, weight.to(torch.float8_e4m3fn))
-    assert not cpu.takes(torch.ones(cpu.MAX_ROWS + 1, 8).bfloat16(), weight)
+    most = cpu.MAX_ROWS[torch.bfloat16]
+    x, weight = torch.ones(most, 8).bfloat16(), torch.ones(4, 8).bfloat16()
+    eight_bit, scale = weight.to(torch.float8_e4m3fn), torch.ones(1, 1)
+    assert cpu.takes(x, weight) and cpu.takes(x.view(2, -1, 8), weight) and cpu.takes(x, eight_bit, scale)
+    assert not cpu.takes(torch.ones(most + 1, 8).bfloat16(), weight)
     assert not cpu.takes(x[:0], weight)
     assert not cpu.takes(x.float(), weight) and not cpu.takes(x, weight.float())
     assert not cpu.takes(x, weight.mT.contiguous().mT)
     assert not cpu.takes(x, torch.ones(4, 9).bfloat16())
     assert not cpu.takes(x, weight.to("meta"))
+    assert not cpu.takes(x, eight_bit) and not cpu.takes(x, eight_bit, scale.double())
     with torch.enable_grad():
         assert not cpu.takes(x, weight)
 

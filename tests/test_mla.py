@@ -59,11 +59,16 @@ def read(mla: MLA, x_BSD: torch.Tensor, cuts: list[int], cache: LatentCache, sta
     return torch.cat(outputs, 1)
 
 
+def up(mla: MLA, form) -> object:
+    """The up-projection as this form of attention takes it."""
+    return mla.kv_b_proj if form is attend_naive else mla.key_value_weights(torch.float32)
+
+
 def whole(mla: MLA, x_BSD: torch.Tensor) -> torch.Tensor:
     """The reference: one pass, plain form, no cache."""
     here = positions(len(x_BSD), 0, x_BSD.shape[1])
     rope = rope_at(mla.config, here)
-    out_BSHV = attend_naive(mla.queries(x_BSD, rope), mla.latents(x_BSD, rope), mla.key_value_weights(x_BSD.dtype), mla.scale)
+    out_BSHV = attend_naive(mla.queries(x_BSD, rope), mla.latents(x_BSD, rope), mla.kv_b_proj, mla.scale)
     return mla.o_proj(out_BSHV.flatten(2))
 
 
@@ -81,10 +86,10 @@ def test_naive_absorbed_and_forward_agree(shape, yarn, tokens):
     config = make(shape, yarn)
     mla, x_BSD, here = random_mla(config), draw(config, 2, tokens), positions(2, 0, tokens)
     rope = rope_at(config, here)
-    arguments = mla.queries(x_BSD, rope), mla.latents(x_BSD, rope), mla.key_value_weights(x_BSD.dtype), mla.scale
-    naive_BSHV = attend_naive(*arguments)
+    arguments = mla.queries(x_BSD, rope), mla.latents(x_BSD, rope)
+    naive_BSHV = attend_naive(*arguments, mla.kv_b_proj, mla.scale)
     assert naive_BSHV.shape == (2, tokens, config.num_attention_heads, config.v_head_dim)
-    torch.testing.assert_close(attend_absorbed(*arguments), naive_BSHV, atol=LOGITS, rtol=0)
+    torch.testing.assert_close(attend_absorbed(*arguments, mla.key_value_weights(x_BSD.dtype), mla.scale), naive_BSHV, atol=LOGITS, rtol=0)
     torch.testing.assert_close(mla(x_BSD, here, rope), mla.o_proj(naive_BSHV.flatten(2)), atol=LOGITS, rtol=0)
 
 
@@ -105,7 +110,7 @@ def test_both_forms_obey_a_mask(form, queries):
     q = tuple(part[:, -queries:] for part in mla.queries(x_BSD, rope))
     mask_BST = causal_mask(here[:, -queries:], 9)
     assert mask_BST.shape == (2, queries, 9) and mask_BST.sum() == 2 * sum(range(10 - queries, 10))
-    out_BSHV = form(q, mla.latents(x_BSD, rope), mla.key_value_weights(x_BSD.dtype), mla.scale, mask_BST)
+    out_BSHV = form(q, mla.latents(x_BSD, rope), up(mla, form), mla.scale, mask_BST)
     torch.testing.assert_close(mla.o_proj(out_BSHV.flatten(2)), whole(mla, x_BSD)[:, -queries:], atol=LOGITS, rtol=0)
 
 
@@ -207,7 +212,7 @@ def test_gradients_reach_everything_in_both_forms(form):
     config = make("odd")
     mla, x_BSD, here = random_mla(config).requires_grad_(True), draw(config, 2, 6).requires_grad_(True), positions(2, 0, 6)
     rope = rope_at(config, here)
-    mla.o_proj(form(mla.queries(x_BSD, rope), mla.latents(x_BSD, rope), mla.key_value_weights(torch.float32), mla.scale).flatten(2)).square().sum().backward()
+    mla.o_proj(form(mla.queries(x_BSD, rope), mla.latents(x_BSD, rope), up(mla, form), mla.scale).flatten(2)).square().sum().backward()
     for name, parameter in [*mla.named_parameters(), ("x", x_BSD)]:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
@@ -218,7 +223,7 @@ def test_gradients_of_both_forms_agree():
     for form in (attend_naive, attend_absorbed):
         mla, here = random_mla(config).requires_grad_(True), positions(2, 0, 6)
         x_BSD, rope = draw(config, 2, 6), rope_at(config, here)
-        form(mla.queries(x_BSD, rope), mla.latents(x_BSD, rope), mla.key_value_weights(torch.float32), mla.scale).square().sum().backward()
+        form(mla.queries(x_BSD, rope), mla.latents(x_BSD, rope), up(mla, form), mla.scale).square().sum().backward()
         gradients.append({name: p.grad for name, p in mla.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=LOGITS, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

@@ -9,7 +9,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from deepseek_lit.config import ModelConfig
 from deepseek_lit.fp8 import quantize
-from deepseek_lit.moe import MLP, MoE, add_to_tokens, experts_grouped, experts_loop, sort_by_expert
+from deepseek_lit.moe import MLP, MoE, add_to_tokens, experts_grouped, experts_loop, sort_by_expert, stackable
 
 ROUTINGS = {
     "one token": [[7, 0, 5]],
@@ -136,7 +136,7 @@ def test_experts_are_views_of_the_stack():
     torch.testing.assert_close(moe(x) + old, 2 * moe.shared_experts(x), atol=1e-4, rtol=0)
 
 
-def test_fp8_experts_run_in_the_loop_and_refuse_to_be_stacked():
+def test_fp8_experts_run_in_the_loop_stacked_or_not():
     moe, plain = make_moe().requires_grad_(False), make_moe().requires_grad_(False)
     for expert, copy in zip(moe.experts, plain.experts):
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -146,10 +146,14 @@ def test_fp8_experts_run_in_the_loop_and_refuse_to_be_stacked():
             getattr(copy, name).weight.copy_(linear.plain_weight(torch.float32))
     x = torch.randn(2, 6, 48, generator=torch.Generator().manual_seed(7))
     torch.testing.assert_close(moe(x), plain(x), atol=LOGITS, rtol=0)
-    assert not moe.stackable() and plain.stackable()
-    with pytest.raises(ValueError, match="FP8"):
-        moe.stack()
-    assert moe.stacked is None
+    expected = moe(x)
+    moe.stack()
+    assert torch.equal(moe(x), expected) and moe.stacked[0].dtype == torch.float8_e4m3fn
+    for linear, scale in zip((moe.experts[1].gate_proj, moe.experts[1].up_proj, moe.experts[1].down_proj), moe.scales):
+        assert torch.equal(linear.weight_scale_inv, scale[1])
+    plain.experts[2].up_proj.weight.data = plain.experts[2].up_proj.weight.double()
+    with pytest.raises(ValueError, match="one dtype"):
+        plain.stack()
 
 
 @pytest.mark.parametrize("sizes", [{"hidden_size": 50}, {"moe_intermediate_size": 23}])

@@ -1,6 +1,7 @@
 """The model against Hugging Face's `DeepseekV3ForCausalLM`, and its fast paths against its plain forward, all in float32."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -199,11 +200,9 @@ def test_rolling_back_is_overwriting(model):
 @pytest.mark.parametrize("length", [1, 2, 33])
 @torch.inference_mode()
 def test_absorbed_equals_naive(model, length, monkeypatch):
-    naive, absorbed = mla.attend_naive, mla.attend_absorbed
     ids, logits = random_ids(model.config, 2, length), {}
-    for form, attend in {"naive": naive, "absorbed": absorbed}.items():
-        monkeypatch.setattr(mla, "attend_naive", attend)
-        monkeypatch.setattr(mla, "attend_absorbed", attend)
+    for form, below in {"naive": 0, "absorbed": math.inf}.items():
+        monkeypatch.setattr(mla, "absorption_pays_below", lambda config, cached, below=below: below)
         cache = LatentCache(model.config, 2, length)
         cached = [model(ids[:, i : i + 5], torch.arange(length)[i : i + 5].expand(2, -1), cache) for i in range(0, length, 5)]
         logits[form] = torch.stack([model(ids), torch.cat(cached, 1)])
