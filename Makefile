@@ -1,6 +1,8 @@
 # Each target sets up .venv by itself: all it needs is Python 3.10 or newer with pip.
 PYTHON ?= python3
 BIN := .venv/bin
+# The system's pip, run by the environment's Python: works with every pip and with systems whose environments come without one.
+PIP = $(BIN)/python $(shell $(PYTHON) -c "import pip; print(pip.__path__[0])")
 
 .PHONY: demo lab test export tiny bench clean
 
@@ -11,7 +13,7 @@ lab: .venv/book
 	cd notebooks && ../$(BIN)/jupyter lab 00_index.ipynb
 
 test: .venv/test
-	$(BIN)/ruff check deepseek_lit tests
+	$(BIN)/ruff check deepseek_lit kernels tests
 	$(BIN)/pytest -q -n 2 --dist loadscope --nbval notebooks tests
 
 export: .venv/test
@@ -22,7 +24,7 @@ tiny: .venv/package
 	$(BIN)/python -c "from deepseek_lit.train import make_tiny; make_tiny('deepseek_lit/tiny')"
 
 bench: .venv/test
-	$(BIN)/python tests/bench_transformers.py
+	$(BIN)/python tests/bench_cpu.py
 
 clean:
 	rm -rf .venv
@@ -32,13 +34,13 @@ clean:
 	$(PYTHON) -m venv --without-pip .venv
 
 .venv/package: .venv/bin/python pyproject.toml
-	$(PYTHON) -m pip --python .venv/bin/python install --quiet pip --editable .
+	$(PIP) install --quiet pip --editable .
 	touch $@
 
 .venv/book: .venv/bin/python pyproject.toml
-	$(PYTHON) -m pip --python .venv/bin/python install --quiet pip --editable ".[book]"
+	$(PIP) install --quiet pip --editable ".[book]"
 	touch $@ .venv/package
 
 .venv/test: .venv/bin/python pyproject.toml
-	$(PYTHON) -m pip --python .venv/bin/python install --quiet pip --editable ".[test]"
+	$(PIP) install --quiet pip --editable ".[test]"
 	touch $@ .venv/book .venv/package

@@ -486,7 +486,7 @@ def load_model(path: str | Path | None = None, device: torch.device | str = "cpu
         with torch.device("meta"):
             model = DeepSeekV3(config)
         fill(model, tensors, device, dtype, dequantize)
-    return model.eval()
+        return model.eval()
 
 # %% ../notebooks/12_checkpoint.ipynb #07a8f0fb
 def write_json(file: Path, content: dict) -> None:

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'Matrix', 'MAX_ROWS', 'Matrices', 'build', 'processor', 'Sizes', 'kernels', 'serves', 'readable', 'pointers',
-           'takes', 'small_linear', 'decode', 'experts', 'mlp', 'attend', 'rms_norm', 'route']
+           'takes', 'small_linear', 'decode', 'experts', 'mlp', 'attend', 'rms_norm', 'rotate', 'route']
 
 # %% ../notebooks/18_cpu.ipynb #a3f41463
 import ctypes
@@ -69,18 +69,20 @@ ALWAYS lanes dot(lanes sum, operand a, operand b) { return sum + a * b; }
 SOURCE += r"""
 /* out[i][j] = x[i] . w[j] for m rows of the input and r of the weight, both constants wherever this is inlined: the sums stay in registers */
 ALWAYS void tile(const bf16 *const *x, const int m, const bf16 *w, const int r, long k, float *out) {
+    const int parts = m == 1 ? 4 : 1;  /* one sum alone would wait for each addition to finish: a single row is summed in four parts */
     lanes sum[8][2] = {0}; long c = 0;
-    for (; c + STEP <= k; c += STEP) {
-        operand row[2];
-        UNROLL for (int j = 0; j < r; j++) { row[j] = load(w + j * k + c); if (r > 1) __builtin_prefetch(w + (j + r) * k + c); }
-        UNROLL for (int i = 0; i < m; i++) {
-            operand token = load(x[i] + c);
-            UNROLL for (int j = 0; j < r; j++) sum[i][j] = dot(sum[i][j], token, row[j]);
+    for (; c + parts * STEP <= k; c += parts * STEP)
+        UNROLL for (int p = 0; p < parts; p++) {
+            operand row[2]; const long at = c + p * STEP;
+            UNROLL for (int j = 0; j < r; j++) { row[j] = load(w + j * k + at); if (r > 1) __builtin_prefetch(w + (j + r) * k + at); }
+            UNROLL for (int i = 0; i < m; i++) {
+                operand token = load(x[i] + at);
+                UNROLL for (int j = 0; j < r; j++) sum[i + p][j] = dot(sum[i + p][j], token, row[j]);
+            }
         }
-    }
     UNROLL for (int i = 0; i < m; i++)
         UNROLL for (int j = 0; j < r; j++) {
-            float s = total(sum[i][j]);
+            float s = total(m == 1 ? (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]) : sum[i][j]);
             for (long d = c; d < k; d++) s += widen(w[j * k + d]) * widen(x[i][d]);
             out[2 * i + j] = s;
         }
@@ -155,7 +157,7 @@ static const bf16 *rows(matrix *w, long first, int r) {
             w->block_row = (first + j) / 128;
             for (long b = 0; b < w->blocks; b++) write_book(w->scale[w->block_row * w->blocks + b], w->books + b);
         }
-        for (long c = 0; c < w->k; c += 64) __builtin_prefetch(row + 4 * w->k + c, 0, 2);
+        for (long c = 0; c < w->k; c += 64) __builtin_prefetch(row + 8192 + c, 0, 2);
         for (long b = 0, c = 0; b < w->blocks; b++, c += 128)
             look_up(row + c, w->k - c < 128 ? w->k - c : 128, w->books + b, w->room + j * w->k + c);
     }
@@ -311,7 +313,10 @@ typedef struct { long S, H, N, R, V, C; float scale; } sizes;
 
 /* one sequence's heads from `head` on, and their S queries each: row i = g * S + s of what follows is query s of head head + g */
 typedef struct { const bf16 *q_nope, *q_rope, *c_kv, *k_rope; const int64_t *position; long head, rows; } group;
+"""
 
+# %% ../notebooks/18_cpu.ipynb #7151a7be
+SOURCE += r"""
 /* sum[i] = w_uk of its head, transposed, times its query */
 static void carry_queries(const group *to, matrix *kv_b, const sizes *z, float *sum) {
     memset(sum, 0, to->rows * z->C * sizeof *sum);
@@ -357,7 +362,10 @@ static void look(const group *to, const sizes *z, const bf16 *const *x, const bf
     }
     for (; t < seen; t++) for (long i = 0; i < to->rows; i++) add_scaled(sum + i * z->C, score[i * seen + t], to->c_kv + t * z->C, z->C);
 }
+"""
 
+# %% ../notebooks/18_cpu.ipynb #186a64be
+SOURCE += r"""
 static void attend_group(const group *to, matrix *kv_b, const sizes *z, bf16 *out) {
     long seen = 0;
     for (long s = 0; s < z->S; s++) if (to->position[s] >= seen) seen = to->position[s] + 1;
@@ -410,15 +418,27 @@ void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, long m, long k, long s
     }
 }
 
-static long largest(const float *v, long n) {
-    long best = 0;
-    for (long i = 1; i < n; i++) if (v[i] > v[best]) best = i;
-    return best;
+/* interleaved pairs of `heads` rows of R numbers per token, turned by that token's angles */
+void rotate(const bf16 *x, const float *turn, bf16 *y, long tokens, long heads, long R, long token_stride, long head_stride) {
+    #pragma omp parallel for if (tokens > 8)
+    for (long t = 0; t < tokens; t++)
+        for (long h = 0; h < heads; h++)
+            for (long p = 0; p < R; p += 2) {
+                const bf16 *pair = x + t * token_stride + h * head_stride + p; const float *by = turn + t * R + p;
+                float a = widen(pair[0]), b = widen(pair[1]); bf16 *to = y + (t * heads + h) * R + p;
+                to[0] = narrow(a * by[0] - b * by[1]);
+                to[1] = narrow(a * by[1] + b * by[0]);
+            }
 }
 """
 
 # %% ../notebooks/18_cpu.ipynb #9aa1fd44
 SOURCE += r"""
+static long largest(const float *v, long n) {
+    long best = 0;
+    for (long i = 1; i < n; i++) if (v[i] > v[best]) best = i;
+    return best;
+}
 /* one token: the biased scores choose groups and experts; chosen groups, then chosen experts, are marked with -infinity */
 static void choose(float *biased, float *group, long E, long groups, long keep, long top, int64_t *chosen) {
     long size = E / groups;
@@ -437,7 +457,10 @@ static void choose(float *biased, float *group, long E, long groups, long keep, 
         biased[chosen[j]] = -INFINITY;
     }
 }
+"""
 
+# %% ../notebooks/18_cpu.ipynb #409a20c2
+SOURCE += r"""
 /* the experts of every token, chosen with the bias and weighed without it; w is the router's matrix [E][D] */
 void route(const bf16 *x, const bf16 *w, const float *bias, float *weight, int64_t *chosen,
            long tokens, long D, long E, long groups, long keep, long top, long normalise, float factor) {
@@ -505,6 +528,7 @@ def kernels() -> ctypes.CDLL | None:
     compiled.experts.argtypes = [pointer] * 6 + [size] * 5
     compiled.attend.argtypes = [pointer] * 8 + [size, size, Sizes]
     compiled.rms_norm.argtypes = [pointer] * 3 + [size] * 3 + [ctypes.c_float]
+    compiled.rotate.argtypes = [pointer] * 3 + [size] * 5
     compiled.route.argtypes = [pointer] * 5 + [size] * 7 + [ctypes.c_float]
     return compiled
 
@@ -514,14 +538,16 @@ Matrix = tuple[torch.Tensor, torch.Tensor | None]  # a weight, and its block sca
 
 def serves(x: torch.Tensor, *matrices: Matrix) -> bool:
     """Whether the kernels can work on this input and these weights: bfloat16 on the CPU, weights bfloat16 or e4m3, nothing to differentiate."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() > 0 and not torch.is_grad_enabled() and all(map(readable, matrices)) and kernels() is not None
+    fits = x.dtype == torch.bfloat16 and x.is_cpu and x.numel() > 0 and not torch.is_grad_enabled()
+    return fits and all(map(readable, matrices)) and kernels() is not None
 
 
 def readable(matrix: Matrix) -> bool:
     """Whether C can read the weight as it lies, and float32 scales beside an e4m3 one."""
     weight, scale = matrix
-    kind = (weight.dtype, None if scale is None else scale.dtype)
-    return kind in ((torch.bfloat16, None), (torch.float8_e4m3fn, torch.float32)) and weight.device.type == "cpu" and weight.is_contiguous() and (scale is None or scale.is_contiguous())
+    if scale is None:
+        return weight.dtype == torch.bfloat16 and weight.is_cpu and weight.is_contiguous()
+    return weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous() and scale.is_contiguous()
 
 
 def pointers(weight: torch.Tensor, scale_inv: torch.Tensor | None) -> tuple[int, int | None]:
@@ -557,14 +583,19 @@ Matrices = tuple[Matrix, Matrix, Matrix]  # gate_proj, up_proj, down_proj of one
 
 
 def experts(x_SD: torch.Tensor, weights_SK: torch.Tensor, experts_SK: torch.Tensor, matrices: list[Matrices]) -> torch.Tensor:
-    """The weighted sum over each token's experts, [S, D] → [S, D]: float32 weights and int64 indices as the gate gives them, the matrices of all experts."""
+    """The weighted sum over each token's experts, [S, D] → [S, D].
+
+    Float32 weights and int64 indices [S, K] as the gate gives them, and the matrices of all experts.
+    """
     table = (ctypes.c_void_p * (6 * len(matrices)))()
     for e in set(experts_SK.flatten().tolist()):
         for i, pair in enumerate(matrices[e]):
             table[6 * e + i], table[6 * e + 3 + i] = pointers(*pair)
     x_SD, (tokens, k), (width, hidden) = x_SD.contiguous(), experts_SK.shape, matrices[0][0][0].shape
-    y, between, inputs = x_SD.new_empty(*x_SD.shape), x_SD.new_empty(tokens * k, width), (experts_SK.contiguous(), weights_SK.float().contiguous())
-    kernels().experts(x_SD.data_ptr(), *(t.data_ptr() for t in inputs), table, between.data_ptr(), y.data_ptr(), tokens, k, len(matrices), hidden, width)
+    y, between = x_SD.new_empty(*x_SD.shape), x_SD.new_empty(tokens * k, width)
+    inputs = (x_SD, experts_SK.contiguous(), weights_SK.float().contiguous())
+    sizes = (tokens, k, len(matrices), hidden, width)
+    kernels().experts(*(t.data_ptr() for t in inputs), table, between.data_ptr(), y.data_ptr(), *sizes)
     return y
 
 # %% ../notebooks/18_cpu.ipynb #34c72c38
@@ -600,10 +631,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return y
 
 
-def route(x_SD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor, groups: int, keep: int, top: int, normalise: bool, factor: float) -> tuple:
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`apply_rope` for bfloat16 `x` [batch, seq, R] or [batch, seq, heads, R] and the complex table [batch, seq, R / 2]."""
+    rows = (x if x.dim() == 4 else x[:, :, None]).flatten(0, 1)
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    y, table = x.new_empty(*x.shape), table.contiguous()
+    kernels().rotate(rows.data_ptr(), table.data_ptr(), y.data_ptr(), *rows.shape, rows.stride(0), rows.stride(1))
+    return y
+
+
+def route(
+    x_SD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor, groups: int, keep: int, top: int, normalise: bool, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What `Gate` gives: float32 weights and int64 indices [S, K] of each token's experts; of equal scores the first wins."""
     x_SD, tokens = x_SD.contiguous(), len(x_SD)
-    weights_SK, experts_SK = x_SD.new_empty(tokens, top, dtype=torch.float32), x_SD.new_empty(tokens, top, dtype=torch.int64)
+    weights_SK = x_SD.new_empty(tokens, top, dtype=torch.float32)
+    experts_SK = x_SD.new_empty(tokens, top, dtype=torch.int64)
     addresses = (t.data_ptr() for t in (x_SD, weight_ED, bias_E, weights_SK, experts_SK))
     kernels().route(*addresses, tokens, *reversed(weight_ED.shape), groups, keep, top, normalise, factor)
     return weights_SK, experts_SK

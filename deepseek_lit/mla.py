@@ -133,7 +133,8 @@ def attend_on_gpu(q, latents, kv_b: Linear, positions_BS: Tensor, slots: list[Te
     (batch, tokens, heads, nope), device = q_nope_BSHN.shape, c_kv_BTC.device
     if tokens <= 4:
         w_HKC = kv_b.plain_weight(c_kv_BTC.dtype).unflatten(0, (heads, -1))
-        table, lengths = kernels.trivial_block_table(batch, slots[0].shape[1], device), (positions_BS[:, -1] + 1).int()
+        table = kernels.trivial_block_table(batch, slots[0].shape[1], device)[:, : -(-c_kv_BTC.shape[1] // kernels.PAGE)]  # what is cached, not what fits
+        lengths = (positions_BS[:, -1] + 1).int()
         q_latent_BSHC = torch.einsum("bshn,hnc->bshc", q_nope_BSHN, w_HKC[:, :nope])
         out_BSHC = kernels.decode_attention(q_latent_BSHC, q_rope_BSHR, *map(kernels.pages, slots), table, lengths, scale)
         return torch.einsum("bshc,hvc->bshv", out_BSHC, w_HKC[:, nope:])

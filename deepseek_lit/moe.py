@@ -29,8 +29,9 @@ class MLP(nn.Module):
         return tuple((layer.weight, layer.weight_scale_inv) for layer in (self.gate_proj, self.up_proj, self.down_proj))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if cpu.takes(x, *self.matrices()[0]) and cpu.serves(x, *self.matrices()):
-            return cpu.mlp(x, self.matrices())
+        matrices = self.matrices()
+        if cpu.takes(x, *matrices[0]) and all(map(cpu.readable, matrices[1:])):
+            return cpu.mlp(x, matrices)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 # %% ../notebooks/05_moe.ipynb #9eac5676

@@ -126,7 +126,7 @@ def fp8_product(x_MK: torch.Tensor, x_scale: torch.Tensor, w_NK: torch.Tensor, s
     """Block-scaled x @ Wᵀ of e4m3 operands, [M, N] in `dtype`: any M, N, K; float32 sums, promoted every 128 steps (TR 3.3.2).
 
     `x_scale` [M, ceil(K/128)], `scale_inv` [ceil(N/128), ceil(K/128)], float32 or ue8m0. Raises `ValueError` for scales of another shape.
-    Moves N K + M K + 2 M N bytes (bfloat16): the benchmark's (N, K) are (2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048) at M = 1 … 8192.
+    Moves N K + M K + 2 M N bytes (bfloat16): worth timing at (N, K) = (2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048), M = 1 … 8192.
     """
     if x_scale.shape != (len(x_MK), triton.cdiv(x_MK.shape[1], BLOCK)) or x_MK.shape[1] != w_NK.shape[1]:
         raise ValueError(f"x {tuple(x_MK.shape)}, its scales {tuple(x_scale.shape)} and a weight {tuple(w_NK.shape)} do not fit together")

@@ -83,7 +83,7 @@ def quantize_activations(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Te
     """FP8 copy of activations, one scale per token and 128 columns: e4m3 [..., K] and float32 [..., ceil(K / 128)] (TR 3.3.2).
 
     scale = max(amax, 1e-4) / 448, with `ue8m0` rounded up to a power of two. `x` is [..., K] in any float type.
-    For M tokens in bfloat16 it moves 3.03 M K bytes: the benchmark's shapes are K = 7168, 2048, 16384, 18432, 1536 at M = 1 … 8192.
+    For M tokens in bfloat16 it moves 3.03 M K bytes: worth timing at K = 7168, 2048, 16384, 18432, 1536 at M = 1 … 8192.
     """
     x_MK = as_rows(x)
     rows, columns = x_MK.shape
@@ -173,7 +173,7 @@ def block_scales(weight_NK: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tens
 
 # %% ../notebooks/09_kernels_quant.ipynb #22cd7cb6
 def dequantize(weight_NK: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """W = W_fp8 · scale_inv, block by block, rounded once to `dtype`. Moves 3 N K bytes for bfloat16: shapes of facts and chapter 01."""
+    """W = W_fp8 · scale_inv, block by block, rounded once to `dtype`. Moves 3 N K bytes for bfloat16: the shapes of `fp8_product`."""
     rows, columns = weight_NK.shape
     y_NK = torch.empty(rows, columns, dtype=dtype, device=weight_NK.device)
     w_NK = as_rows(weight_NK).view(torch.uint8)

@@ -16,6 +16,7 @@ from deepseek_lit.generate import decode, prefill
 from deepseek_lit.mla import LatentCache, attend_absorbed
 from deepseek_lit.model import DeepSeekV3, init_weights
 from deepseek_lit.moe import MLP, MoE
+from deepseek_lit.rope import apply_rope
 
 ROWS = [1, 2, 5, 6, 8, 9, 17]
 COLUMNS = [1, 7, 16, 31, 33, 63, 127, 128, 129, 257]
@@ -179,6 +180,16 @@ def test_the_norm_is_float64_rounded(rows, size):
         exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()[: x.shape[-1]]
         ours = cpu.rms_norm(x, weight, 1e-6)
         assert ours.shape == x.shape and ((ours.double() - exact).abs() <= 2**-8 * exact.abs()).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("batch, tokens, heads, size", [(1, 1, 1, 2), (2, 3, 5, 8), (1, 12, 16, 64)])
+def test_rotation_is_complex_multiplication(batch, tokens, heads, size):
+    wide, table = torch.randn(batch, tokens, heads, size + 6).bfloat16(), torch.polar(torch.ones(batch, tokens, size // 2), torch.randn(batch, tokens, size // 2) * 9)
+    for x in (wide[..., 6:], wide[..., :size], wide[:, :, 0, 6:], wide[:, :, 0, :size].contiguous()):
+        ours = apply_rope(x, table)
+        exact = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()) * table.view(batch, tokens, *[1] * (x.dim() - 3), -1)).flatten(-2)
+        assert ours.shape == x.shape and ((ours.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
 
 
 @needs_kernels

@@ -22,7 +22,8 @@ def test_exports_in_sync(tmp_path):
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    shutil.copytree(ROOT / "deepseek_lit", tmp_path / "deepseek_lit", ignore=shutil.ignore_patterns("tiny", "__pycache__"))
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "deepseek_lit", tmp_path / "deepseek_lit", symlinks=True, ignore=shutil.ignore_patterns("tiny", "__pycache__"))
     subprocess.run([str(Path(sys.executable).with_name("nbdev-export"))], cwd=tmp_path, check=True)
     assert exported(tmp_path) == exported(ROOT), "run `make export`"
 

@@ -9,7 +9,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from deepseek_lit.config import ModelConfig
 from deepseek_lit.fp8 import quantize
-from deepseek_lit.moe import MLP, MoE, add_to_tokens, experts_grouped, experts_loop, sort_by_expert, stackable
+from deepseek_lit.moe import MLP, MoE, add_to_tokens, experts_grouped, experts_loop, sort_by_expert
 
 ROUTINGS = {
     "one token": [[7, 0, 5]],
