@@ -7,8 +7,8 @@ __all__ = ['SHAPES', 'RIVAL_TOLERANCE', 'cache_bytes', 'stopwatch', 'Ceilings', 
            'choose', 'visit', 'unscale', 'experts_case', 'cpu_experts', 'cpu_cases', 'quantize_cases', 'scaled_mm',
            'product_case', 'decode_case', 'prefill_case', 'gate_case', 'gpu_experts', 'gpu_cases', 'triton_dequantize',
            'Row', 'does_the_work', 'time_in_turn', 'measure', 'Report', 'device_name', 'triton_version', 'find_device',
-           'select', 'bench', 'duration', 'speed', 'line', 'table', 'save', 'load', 'require_matplotlib', 'roofline',
-           'save_plot']
+           'select', 'bench', 'duration', 'flops', 'speed', 'line', 'table', 'save', 'load', 'check_outputs',
+           'roofline', 'save_plot']
 
 # %% ../notebooks/20_bench.ipynb #daafb8d9
 import contextlib
@@ -84,13 +84,13 @@ class Ceilings:
         """The least time for so many bytes and operations; `rate`: how many times the pace of bfloat16 the units reach for these operands."""
         return max(nbytes / self.copy, operations / (rate * self.product))
 
-
-def measure_ceilings(device: torch.device, repeats: int = 5) -> Ceilings:
-    """Measure both, medians."""
+# %% ../notebooks/20_bench.ipynb #9fda4689
+def measure_ceilings(device: torch.device, rounds: int = 10) -> Ceilings:
+    """Measure both, the best of so many rounds: what the device has shown that it can do."""
     seconds, size = stopwatch(device), 8192 if device.type == "cuda" else 2048
     source = torch.ones(max(2**27, 4 * cache_bytes(device)), dtype=torch.uint8, device=device)
     target, a, b = source.clone(), *(random_bf16(generator(device, seed), size, size) for seed in range(2))
-    copy, product = (statistics.median([seconds([call]) for _ in range(repeats + 1)][1:]) for call in (lambda: target.copy_(source), lambda: a @ b))
+    copy, product = (min(seconds([call]) for _ in range(rounds)) for call in (lambda: target.copy_(source), lambda: a @ b))
     return Ceilings(2 * source.numel() / copy, 2 * size**3 / product)
 
 # %% ../notebooks/20_bench.ipynb #6c9b684e
@@ -103,13 +103,13 @@ def random_bytes(g: Generator, count: int) -> Tensor:
     """So many random bytes, eight at a draw."""
     return torch.empty(-(-count // 8), dtype=torch.int64, device=g.device).random_(-(2**63), None, generator=g).view(torch.uint8)[:count]
 
-
+# %% ../notebooks/20_bench.ipynb #393915b0
 def random_bf16(g: Generator, *shape: int, halvings: int = 0) -> Tensor:
     """bfloat16 numbers of random sign between ½ and 1, halved so many times."""
     bits = random_bytes(g, 2 * math.prod(shape)).view(torch.int16)
     return bits.bitwise_and_(-0x7F81).bitwise_or_(0x3F00 - 0x80 * halvings).view(torch.bfloat16).view(shape)
 
-
+# %% ../notebooks/20_bench.ipynb #4bdef6fd
 def random_matrix(g: Generator, rows: int, columns: int, eight_bit: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """A weight whose products with numbers around 1 are around 1: bfloat16, or e4m3 of all sizes; its block scales or None; and itself as bfloat16."""
     halvings = round(math.log2(columns) / 2)
@@ -134,7 +134,7 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
-
+# %% ../notebooks/20_bench.ipynb #b11278f1
 def distance(result: Tensor, expected: Tensor) -> float:
     """The largest distance of a row relative to its length, infinite if there is a NaN. One wrong number cannot hide among the right ones of other rows."""
     if result.shape != expected.shape:
@@ -153,7 +153,7 @@ class Work:
     rivals: dict[str, Callable[[], object]] = field(default_factory=dict)
     value: Callable[[object], Tensor] = lambda result: result
 
-
+# %% ../notebooks/20_bench.ipynb #cb344cfc
 @dataclass(frozen=True)
 class Case:
     """A kernel at a shape: the least bytes to move and operations to do, data for a call, how far off a row may be, and the units' pace relative to bfloat16."""
@@ -171,7 +171,7 @@ def matrix_bytes(rows: int, columns: int, eight_bit: bool) -> int:
     """Bytes of a weight: bfloat16, or e4m3 with a float32 for every 128×128 block."""
     return rows * columns + 4 * -(-rows // BLOCK) * -(-columns // BLOCK) if eight_bit else 2 * rows * columns
 
-
+# %% ../notebooks/20_bench.ipynb #a7d9fea0
 def linear_case(m: int, n: int, k: int, eight_bit: bool) -> Case:
     """`cpu.small_linear`."""
 
@@ -193,7 +193,7 @@ def dequantize_case(n: int, k: int, kernel: Callable[[Tensor, Tensor], Tensor], 
 
     return Case(name, f"{n} × {k}", matrix_bytes(n, k, True) + 2 * n * k, n * k, make)
 
-
+# %% ../notebooks/20_bench.ipynb #774c04ee
 def norm_case(m: int, k: int) -> Case:
     """`cpu.rms_norm`."""
 
@@ -204,20 +204,20 @@ def norm_case(m: int, k: int) -> Case:
 
     return Case("rms_norm", f"{k}, M {m}", 2 * k * (2 * m + 1), 4 * m * k, make)
 
-# %% ../notebooks/20_bench.ipynb #774c04ee
+# %% ../notebooks/20_bench.ipynb #505f7248
 def chosen_weights(scores_SE: Tensor, bias_E: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Chapter 04's gate after the sigmoid: weights and experts, [S, K]."""
     experts_SK = choose_experts(scores_SE, bias_E, config)
     weights_SK = scores_SE.gather(1, experts_SK)
     return weights_SK / weights_SK.sum(-1, keepdim=True) * config.routed_scaling_factor, experts_SK
 
-
+# %% ../notebooks/20_bench.ipynb #3f34a07b
 def by_expert(chosen: tuple[Tensor, Tensor], n_experts: int) -> Tensor:
     """Weights and experts [S, K] as weights of all experts [S, E], zero for those not chosen."""
     weights_SK, experts_SK = chosen
     return weights_SK.new_zeros(len(weights_SK), n_experts).scatter(1, experts_SK, weights_SK)
 
-
+# %% ../notebooks/20_bench.ipynb #3be5087b
 def route_case(tokens: int, config: ModelConfig) -> Case:
     """`cpu.route`."""
     hidden, n = config.hidden_size, config.n_routed_experts
@@ -232,7 +232,7 @@ def route_case(tokens: int, config: ModelConfig) -> Case:
         return Work(lambda: cpu.route(x, weight, bias, *rules), lambda: by_expert(plain(), n), {"torch": plain}, lambda chosen: by_expert(chosen, n))
 
     moved = matrix_bytes(n, hidden, False) + 4 * n + tokens * (2 * hidden + 12 * config.num_experts_per_tok)
-    return Case("route", f"{n} experts, {tokens} tokens", moved, 2 * tokens * n * hidden, make)
+    return Case("route", f"{n} experts, M {tokens}", moved, 2 * tokens * n * hidden, make)
 
 # %% ../notebooks/20_bench.ipynb #c3f7971b
 def attend_case(cached: int, eight_bit: bool, c: ModelConfig) -> Case:
@@ -275,7 +275,7 @@ def choose(tokens: int, top: int, n_experts: int, device: torch.device) -> Choic
         visits.append((e, token.to(device), weights_SK[token, k, None].to(device)))
     return Choice(weights_SK.to(device), experts_SK.to(device), visits)
 
-
+# %% ../notebooks/20_bench.ipynb #38221ad5
 def visit(x: Tensor, visits: list, matrices: Callable[[int], list[Tensor]], rounded: Callable[[Tensor], Tensor]) -> Tensor:
     """One expert after the other in the dtype of `x`: `matrices` gives gate, up and down of an expert, `rounded` is what happens to the inputs of products."""
     y = torch.zeros_like(x)
@@ -291,7 +291,7 @@ def unscale(quantized: tuple[Tensor, Tensor]) -> Tensor:
     q, scale = quantized
     return q.float() * scale.float().repeat_interleave(BLOCK, -1)[..., : q.shape[-1]]
 
-
+# %% ../notebooks/20_bench.ipynb #33cd723b
 def experts_case(tokens: int, n_experts: int, eight_bit: bool, device: torch.device, c: ModelConfig, kernel: Callable, quantizes: bool = False) -> Case:
     """The routed experts of a layer, by `kernel(x, weights_SK, experts_SK, stacks, scales)`; whether it quantises activations."""
     hidden, width = c.hidden_size, c.moe_intermediate_size
@@ -313,28 +313,29 @@ def experts_case(tokens: int, n_experts: int, eight_bit: bool, device: torch.dev
     moved = len(choice.visits) * sum(matrix_bytes(*shape, eight_bit) for shape in shapes) + tokens * (4 * hidden + 12 * c.num_experts_per_tok)
     operations = 6 * tokens * c.num_experts_per_tok * hidden * width
     name = f"experts {'FP8' if eight_bit else 'bf16'}"
-    return Case(name, f"{len(choice.visits)} of {n_experts}, {tokens} tokens", moved, operations, make, 2**-7, 1 + quantizes)
+    return Case(name, f"{len(choice.visits)} of {n_experts}, M {tokens}", moved, operations, make, 2**-7, 1 + quantizes)
 
-# %% ../notebooks/20_bench.ipynb #33cd723b
+# %% ../notebooks/20_bench.ipynb #de22e271
 def cpu_experts(x: Tensor, weights_SK: Tensor, experts_SK: Tensor, stacks: list[Tensor], scales: list[Tensor | None]) -> Tensor:
     """`cpu.experts` of stacked weights."""
     pairs = [[(stack[e], None if scale is None else scale[e]) for stack, scale in zip(stacks, scales)] for e in range(len(stacks[0]))]
     return cpu.experts(x, weights_SK, experts_SK, pairs)
 
-
+# %% ../notebooks/20_bench.ipynb #f79ffd54
 SHAPES = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))  # (N, K) of the products in V3
 
 
 def cpu_cases() -> list[Case]:
     """The kernels of chapter 18 at V3's shapes, with few rows and few experts: less than 2 GB at a time."""
-    config, cpu_device, kinds = ModelConfig(), torch.device("cpu"), (False, True)
+    config, kinds = ModelConfig(), (False, True)
+    few, device = replace(config, num_experts_per_tok=4), torch.device("cpu")
     return [
         *[linear_case(m, n, k, eight_bit) for eight_bit in kinds for n, k in SHAPES for m in (1, 4, 16)],
         *[dequantize_case(n, k, cpu.decode, "decode") for n, k in ((2112, 7168), (7168, 2048))],
         *[norm_case(m, 7168) for m in (16, 256)],
         *[route_case(tokens, config) for tokens in (1, 16)],
         *[attend_case(4096, eight_bit, config) for eight_bit in kinds],
-        *[experts_case(tokens, 12, eight_bit, cpu_device, config, cpu_experts) for eight_bit in kinds for tokens in (1, 4, 16)],
+        *[experts_case(tokens, 8, eight_bit, device, few, cpu_experts) for eight_bit in kinds for tokens in (1, 4, 16)],
     ]
 
 # %% ../notebooks/20_bench.ipynb #90159351
@@ -367,7 +368,7 @@ def scaled_mm(x: Tensor, x_scale: Tensor, weight: Tensor, scale_inv: Tensor) -> 
     a, b = x_scale.t().contiguous().t(), F.pad(scale_inv, (0, -scale_inv.shape[1] % 4)).t()
     return lambda: F.scaled_mm(x, weight.t(), a, kinds[0], b, kinds[1])
 
-
+# %% ../notebooks/20_bench.ipynb #faa4e7f2
 def product_case(m: int, n: int, k: int, quantized: bool) -> Case:
     """`fp8_product` of activations that are quantised already, or `weight_only_product`."""
     from deepseek_lit.kernels import gemm
@@ -453,25 +454,26 @@ def gate_case(tokens: int, c: ModelConfig) -> Case:
 
         return Work(lambda: moe.gate_topk(scores, bias, *rules), lambda: by_expert(plain(), n), {"torch": plain}, lambda chosen: by_expert(chosen, n))
 
-    return Case("gate_topk", f"{n} experts, {tokens} tokens", 4 * n + tokens * (4 * n + 12 * k), tokens * n, make)
+    return Case("gate_topk", f"{n} experts, M {tokens}", 4 * n + tokens * (4 * n + 12 * k), tokens * n, make)
 
-
+# %% ../notebooks/20_bench.ipynb #e2de616e
 def gpu_experts(x: Tensor, weights_SK: Tensor, experts_SK: Tensor, stacks: list[Tensor], scales: list[Tensor | None]) -> Tensor:
     """`experts` of chapter 11."""
     from deepseek_lit.kernels import moe
 
     return moe.experts(x, weights_SK, experts_SK, *stacks, None if scales[0] is None else tuple(scales))
 
-# %% ../notebooks/20_bench.ipynb #e2de616e
+# %% ../notebooks/20_bench.ipynb #8c350b44
 def gpu_cases(device: torch.device) -> list[Case]:
     """The Triton kernels at V3's shapes."""
     from deepseek_lit.kernels.gemm import multiplies_fp8
 
     c, kinds, eight_bit_units = ModelConfig(), (False, True), multiplies_fp8(device)
     n_experts = 256 if torch.cuda.get_device_properties(device).total_memory > 60e9 else 32
-    quantizers = [case for m in (1, 16, 128, 1024, 8192) for k in (7168, 2048, 18432) for case in quantize_cases(m, k)]
+    widths = {"quantize_activations": (7168, 16384), "rmsnorm_quantize": (7168, 1536), "swiglu_quantize": (2048, 18432)}
+    tokens_and_widths = [(name, m, k) for name in widths for k in widths[name] for m in (1, 16, 128, 1024, 8192)]
     return [
-        *sorted(quantizers, key=lambda case: case.name),
+        *[case for name, m, k in tokens_and_widths for case in quantize_cases(m, k) if case.name == name],
         *[dequantize_case(n, k, triton_dequantize, "dequantize") for n, k in SHAPES],
         *[product_case(m, n, k, True) for n, k in SHAPES for m in (1, 4, 16, 64, 256, 1024, 4096, 8192) if eight_bit_units],
         *[product_case(m, n, k, False) for n, k in SHAPES for m in (1, 16, 64, 1024, 8192)],
@@ -485,7 +487,7 @@ def gpu_cases(device: torch.device) -> list[Case]:
         ],
     ]
 
-
+# %% ../notebooks/20_bench.ipynb #3729325b
 def triton_dequantize(weight: Tensor, scale_inv: Tensor) -> Tensor:
     """`dequantize` of chapter 09, to bfloat16."""
     from deepseek_lit.kernels import quant
@@ -514,8 +516,8 @@ class Row:
         """Of the ceiling: the least time over the median."""
         return self.floor / self.quartiles[1]
 
-
-RIVAL_TOLERANCE = 2**-4  # a rival may round elsewhere, but it must do the same work; FP8 activations are off by up to this
+# %% ../notebooks/20_bench.ipynb #6f2e9982
+RIVAL_TOLERANCE = 2**-4  # activations in FP8 are off by up to this
 
 
 def does_the_work(work: Work, rival: Callable, expected: Tensor) -> bool:
@@ -534,12 +536,12 @@ def time_in_turn(works: list[Work], rivals: list[str], device: torch.device, rep
     ratios = {name: statistics.median(times[i + 1] / times[0] for times in rounds) for i, name in enumerate(rivals)}
     return tuple(statistics.quantiles([times[0] for times in rounds], n=4, method="inclusive")), ratios
 
-
+# %% ../notebooks/20_bench.ipynb #95e025da
 def measure(case: Case, device: torch.device, ceilings: Ceilings, repeats: int = 5) -> Row:
     """Check a kernel once in poisoned memory and time it if it is right."""
     floor, by_bytes = ceilings.seconds(case.bytes, case.operations, case.rate), case.bytes / ceilings.copy
     row = Row(case.name, case.shape, case.bytes, case.operations, floor, "memory" if floor == by_bytes else "arithmetic", case.rate)
-    copies = min(16 if device.type == "cuda" else 512, -(-max(2 * cache_bytes(device), 2**27) // case.bytes))
+    copies = min(16 if device.type == "cuda" else 512, -(-2 * cache_bytes(device) // case.bytes))
     try:
         works = [case.make(generator(device, seed)) for seed in range(copies)]
         with poisoned():
@@ -560,6 +562,7 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, repeats: int =
 class Report:
     """Everything measured in one run."""
 
+    kind: str  # "cpu" or "cuda"
     device: str
     torch: str
     triton: str | None
@@ -577,13 +580,13 @@ def device_name(device: torch.device) -> str:
     names = [line.partition(":")[2].strip() for line in cpu.processor().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
-
+# %% ../notebooks/20_bench.ipynb #e7d11095
 def triton_version() -> str | None:
     """The installed Triton's version."""
     with contextlib.suppress(PackageNotFoundError):
         return version("triton")
 
-# %% ../notebooks/20_bench.ipynb #e7d11095
+# %% ../notebooks/20_bench.ipynb #ee9f45b7
 def find_device(word: str) -> torch.device:
     """The device that "auto", "cpu" or "cuda:1" means. Raises `InputError` where kernels cannot be timed."""
     word = ("cuda" if torch.cuda.is_available() else "cpu") if word == "auto" else word
@@ -599,7 +602,7 @@ def find_device(word: str) -> torch.device:
         raise InputError("TRITON_INTERPRET is set: the interpreter's times say nothing about the kernels; unset it")
     return device
 
-
+# %% ../notebooks/20_bench.ipynb #5e8b84ff
 def select(cases: list[Case], only: str | None) -> list[Case]:
     """The cases whose name and shape contain a pattern, in which * stands for anything."""
     chosen = [case for case in cases if fnmatch.fnmatch(f"{case.name} {case.shape}".lower(), f"*{(only or '').lower()}*")]
@@ -621,12 +624,12 @@ def bench(device: str = "auto", only: str | None = None, threads: int | None = N
     torch.set_num_threads(threads or before)
     try:
         with torch.no_grad():
-            ceilings, rows = measure_ceilings(place, repeats), []
+            ceilings, rows = measure_ceilings(place), []
             for case in cases:
                 hear(case)
                 rows.append(measure(case, place, ceilings, repeats))
             date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-            return Report(device_name(place), torch.__version__, triton_version(), date, torch.get_num_threads(), repeats, ceilings, rows)
+            return Report(place.type, device_name(place), torch.__version__, triton_version(), date, torch.get_num_threads(), repeats, ceilings, rows)
     finally:
         torch.set_num_threads(before)
 
@@ -637,14 +640,19 @@ def duration(seconds: float) -> str:
         if seconds >= size or unit == "µs":
             return f"{seconds / size:.3g} {unit}" if seconds / size < 100 else f"{seconds / size:.0f} {unit}"
 
+# %% ../notebooks/20_bench.ipynb #61325c3e
+def flops(operations: float) -> str:
+    """Operations per second with a fitting unit."""
+    return f"{operations / 1e12:.0f} TFLOPS" if operations > 1e13 else f"{operations / 1e9:.0f} GFLOPS"
+
 
 def speed(row: Row) -> str:
     """Bytes or operations per second, whichever the kernel waits for."""
     if row.bound == "memory":
         return f"{row.bytes / row.quartiles[1] / 1e9:.1f} GB/s"
-    return f"{row.operations / row.quartiles[1] / 1e12:.3g} TFLOPS"
+    return flops(row.operations / row.quartiles[1])
 
-
+# %% ../notebooks/20_bench.ipynb #48a82c23
 def line(row: Row) -> list[str]:
     """A row of the table, cell by cell."""
     if row.problem:
@@ -653,12 +661,13 @@ def line(row: Row) -> list[str]:
     rivals = ", ".join(f"{ratio:.2f}× {name}" for name, ratio in row.rivals.items())
     return [row.name, row.shape, duration(median), f"±{(high - low) / 2 / median:.0%}", speed(row), f"{row.share:.0%} of {row.bound}", rivals]
 
-# %% ../notebooks/20_bench.ipynb #61325c3e
+# %% ../notebooks/20_bench.ipynb #cda140ea
 def table(report: Report) -> str:
     """The report for people: aligned columns under a line about the machine."""
-    head = f"{report.device}, {report.threads} CPU thread{'' if report.threads == 1 else 's'}, torch {report.torch}, {report.date[:10]}, medians of {report.repeats}"
-    ceilings = f"ceilings: copy {report.ceilings.copy / 1e9:.1f} GB/s, bf16 product {report.ceilings.product / 1e12:.3g} TFLOPS"
-    titles = ["kernel", "shape", "time", "quartiles", "speed", "of the ceiling", "as fast as torch's"]
+    threads = f", {report.threads} thread{'' if report.threads == 1 else 's'}" if report.kind == "cpu" else ""
+    head = f"{report.device}{threads}, torch {report.torch}, {report.date[:10]}, medians of {report.repeats}"
+    ceilings = f"ceilings: copy {report.ceilings.copy / 1e9:.1f} GB/s, bf16 product {flops(report.ceilings.product)}"
+    titles = ["kernel", "shape", "time", "quartiles", "speed", "of the ceiling", "times as fast as torch"]
     lines = [titles, *map(line, report.rows)]
     widths = [max(len(cells[i]) for cells in lines if len(cells) == len(titles)) for i in range(len(titles))]
     text = [head, ceilings, ""]
@@ -666,9 +675,11 @@ def table(report: Report) -> str:
         left = [cell.ljust(width) for cell, width in zip(cells[:2], widths)]
         right = [cell.rjust(width) for cell, width in zip(cells[2:6], widths[2:])] if len(cells) > 3 else cells[2:]
         text.append("  ".join([*left, *right, *cells[6:]]).rstrip())
+    if report.kind == "cpu":
+        text += ["", "These are the kernels of the CPU. Those in Triton want a GPU: under Triton's interpreter nothing is timed."]
     return "\n".join(text)
 
-
+# %% ../notebooks/20_bench.ipynb #537229ee
 def save(report: Report, file: Path) -> None:
     """Write a report as JSON."""
     file.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -681,12 +692,17 @@ def load(file: Path) -> Report:
     return Report(**fields | {"ceilings": Ceilings(**fields["ceilings"]), "rows": rows})
 
 # %% ../notebooks/20_bench.ipynb #35a6aac3
-def require_matplotlib() -> None:
-    """Raise `InputError` if there is nothing to draw with."""
-    if importlib.util.find_spec("matplotlib") is None:
+def check_outputs(json_file: Path | None, plot: Path | None) -> None:
+    """Raise `InputError` before a long measurement whose results could not be written after it."""
+    for option, file in (("--json", json_file), ("--plot", plot)):
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise InputError(f"{option} {file} cannot be written, expected a file in a directory that exists")
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {plot} is no kind of picture, expected a name that ends in .png, .svg or .pdf")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which comes with the book: pip install 'deepseek-lit[book]'")
 
-
+# %% ../notebooks/20_bench.ipynb #027396e9
 def roofline(report: Report, ax) -> None:
     """Draw the ceilings and every measured row into matplotlib axes; the dashed roof is that of FP8 units."""
     rows = [row for row in report.rows if row.quartiles]
@@ -702,7 +718,7 @@ def roofline(report: Report, ax) -> None:
     ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="billion operations per second")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
 
-
+# %% ../notebooks/20_bench.ipynb #fc20159f
 def save_plot(report: Report, file: Path) -> None:
     """Write the roofline as a picture."""
     from matplotlib.figure import Figure

@@ -10,12 +10,9 @@ __all__ = ['SOURCE', 'CODES', 'PIECE_BYTES', 'COMPANIONS', 'RECORD', 'loops', 't
 import contextlib
 import ctypes
 import functools
-import hashlib
 import json
 import os
 import shutil
-import subprocess
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +23,7 @@ from tqdm import tqdm
 
 from .checkpoint import DTYPES, INDEX, Entry, check_tensors, local_directory, make_header, read_checkpoint, write_json
 from .config import BLOCK, FIXED, InputError, ModelConfig, is_quantized, scale_shape, to_json
-from .cpu import build, processor
+from .cpu import compiled
 from .fp8 import dequantize, quantize
 
 # %% ../notebooks/19_cast.ipynb #4389f03b
@@ -88,18 +85,12 @@ void bf16_to_fp8(const uint16_t *w, uint8_t *out, float *scale, long rows, long 
 @functools.cache
 def loops() -> ctypes.CDLL | None:
     """The two loops, compiled at first use into the user's cache; None, said once, where there is no C compiler."""
-    key = hashlib.sha256((SOURCE + processor() + torch.__version__).encode()).hexdigest()[:16]
-    try:
-        library = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek_lit" / f"cast-{key}.so"
-        if not library.exists():
-            build(SOURCE, library)
-        compiled = ctypes.CDLL(str(library))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        warnings.warn(f"the loops that convert FP8 could not be compiled ({type(error).__name__}): PyTorch's path is several times slower", stacklevel=2)
+    library = compiled(SOURCE, "cast", "converting takes PyTorch's path, which is several times slower")
+    if library is None:
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_long
-    compiled.fp8_to_bf16.argtypes = compiled.bf16_to_fp8.argtypes = [pointer, pointer, pointer, size, size]
-    return compiled
+    library.fp8_to_bf16.argtypes = library.bf16_to_fp8.argtypes = [pointer, pointer, pointer, size, size]
+    return library
 
 # %% ../notebooks/19_cast.ipynb #39224a46
 def to_bf16(fp8_OI: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:

