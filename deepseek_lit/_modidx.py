@@ -156,6 +156,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'deepseek_lit/checkpoint.py')},
             'deepseek_lit.cli': { 'deepseek_lit.cli.answer_file': ('cli.html#answer_file', 'deepseek_lit/cli.py'),
                                   'deepseek_lit.cli.as_table': ('cli.html#as_table', 'deepseek_lit/cli.py'),
+                                  'deepseek_lit.cli.bench': ('cli.html#bench', 'deepseek_lit/cli.py'),
                                   'deepseek_lit.cli.cast_command': ('cli.html#cast_command', 'deepseek_lit/cli.py'),
                                   'deepseek_lit.cli.chat': ('cli.html#chat', 'deepseek_lit/cli.py'),
                                   'deepseek_lit.cli.complain': ('cli.html#complain', 'deepseek_lit/cli.py'),

@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import json
 import math
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -107,9 +108,13 @@ def read_layout(file: Path) -> dict[str, Entry]:
 def map_file(file: Path) -> torch.Tensor:
     """The bytes of a file as a memory-mapped tensor of uint8: nothing is read until it is used."""
     try:
-        return torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-    except RuntimeError as error:
+        with file.open("rb") as stream:
+            pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be mapped: {error}") from None
+    with contextlib.suppress(OSError, AttributeError):  # a wish, which not every system knows
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 # %% ../notebooks/12_checkpoint.ipynb #51c67c6f
 def map_entries(entries: dict[str, Entry]) -> dict[str, torch.Tensor]:

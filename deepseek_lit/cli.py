@@ -4,7 +4,7 @@
 __all__ = ['app', 'Model', 'Device', 'Dtype', 'Dequantize', 'MaxTokens', 'Temperature', 'TopP', 'TopK', 'MinP',
            'RepetitionPenalty', 'Seed', 'Stop', 'root', 'open_llm', 'read_prompts', 'open_output', 'speed', 'say',
            'remark', 'answer_file', 'generate', 'reply', 'take_turn', 'chat', 'human', 'count', 'layer_lines',
-           'as_table', 'inspect', 'cast_command', 'out_of_memory', 'complain', 'main']
+           'as_table', 'inspect', 'cast_command', 'bench', 'out_of_memory', 'complain', 'main']
 
 # %% ../notebooks/17_cli.ipynb #570f75da
 import contextlib
@@ -23,6 +23,7 @@ import torch
 import typer
 from tqdm import tqdm
 
+from . import bench as benchmark
 from .cast import cast
 from .checkpoint import inspect_checkpoint
 from .config import InputError
@@ -312,6 +313,35 @@ def cast_command(
         raise
     seconds = time.perf_counter() - start
     remark(f"wrote {human(written)} to {out} in {seconds:.1f} s ({human(written / seconds)}/s){', verified' if verify else ''}")
+
+# %% ../notebooks/17_cli.ipynb #4ee2836e
+@app.command()
+def bench(
+    device: Device = "auto",
+    only: Annotated[str | None, typer.Option(metavar="PATTERN", help="Only kernels whose name and shape contain this; * stands for anything.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's number when not given.")] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds behind every median.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything measured to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the roofline: .png, .svg or .pdf; needs matplotlib.")] = None,
+) -> None:
+    """Measure what this machine can do, and how close to it the kernels come."""
+    benchmark.check_outputs(json_file, plot)
+    with tqdm(unit=" kernels", bar_format="{n} {unit} {elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def hear(case: benchmark.Case) -> None:
+            bar.update()
+            bar.set_description_str(f"{case.name} {case.shape}")
+
+        report = benchmark.bench(device, only, threads, repeats, hear)
+    print(benchmark.table(report))
+    if json_file is not None:
+        benchmark.save(report, json_file)
+    if plot is not None:
+        benchmark.save_plot(report, plot)
+    wrong = [row for row in report.rows if row.problem]
+    if wrong:
+        first = wrong[0]
+        raise InputError(f"{count(len(wrong), 'kernel')} of {len(report.rows)} could not be timed; the first: {first.name} {first.shape}: {first.problem}")
 
 # %% ../notebooks/17_cli.ipynb #debbbdd4
 def out_of_memory(error: BaseException) -> bool:

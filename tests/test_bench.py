@@ -135,6 +135,36 @@ def test_the_lists_are_those_of_v3():
     assert max(case.bytes for case in cases) < 7.1e8
 
 
+def test_the_list_for_gpus(monkeypatch):
+    names = {case.name for case in gpu_cases()}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=85e9))
+    cases = bench.gpu_cases(CPU)  # the interpreter is taken for a GPU with FP8 units
+    assert len({(case.name, case.shape) for case in cases}) == len(cases) and {case.name for case in cases} >= names
+    assert {case.rate for case in cases if case.name in ("fp8_product", "experts FP8")} == {2}
+    assert {case.rate for case in cases if case.name not in ("fp8_product", "experts FP8")} == {1}
+
+
+def test_the_stopwatch_of_a_gpu(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            assert log[-1] == "synchronize"
+            return 3.0  # milliseconds
+
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: types.SimpleNamespace(zero_=lambda: log.append("erase")))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    seconds = bench.stopwatch(torch.device("cuda"))([lambda: log.append("first"), lambda: log.append("second")])
+    assert seconds == 0.003 and log == ["erase", "event", "first", "event", "erase", "event", "second", "event", "synchronize"]
+
+
 def wrong(result, how: str):
     """A result with one thing wrong."""
     result = result.clone()
@@ -175,6 +205,21 @@ def test_rivals_that_cannot_or_do_something_else_are_left_out():
         return replace(work, rivals={**work.rivals, "absent": lambda: torch.zeros(2) @ torch.zeros(3), "zero": lambda: torch.zeros(3, 200)})
 
     assert list(bench.measure(replace(case, make=make), CPU, CEILINGS, 2).rivals) == ["bf16"]
+
+
+@needs_kernels
+def test_every_set_of_data_is_another_and_together_they_exceed_the_caches(monkeypatch):
+    seen = []
+    case = bench.linear_case(1, 200, 300, False)
+    monkeypatch.setattr(bench, "cache_bytes", lambda device: 10 * case.bytes)
+
+    def make(g) -> Work:
+        work = case.make(g)
+        seen.append(work.expected())
+        return work
+
+    assert bench.measure(replace(case, make=make), CPU, CEILINGS, 2).problem is None
+    assert len(seen) == 20 and len({float(result.sum()) for result in seen}) == 20
 
 
 def test_times_are_medians_of_rounds_and_rivals_take_turns(monkeypatch):

@@ -553,3 +553,15 @@ def test_words_that_are_no_options(run):
     code, out, err = run("generate", "--max-tokens", "many")
     assert code == 2 and out == "" and "--max-tokens" in err and "Traceback" not in err
     assert run("sing")[0] == 2
+
+
+def test_bench_measures_and_writes(run, tmp_path):
+    code, out, err = run("bench", "--device", "cpu", "--only", "route", "--repeats", 2, "--threads", 1, "--json", tmp_path / "bench.json")
+    assert code == 0 and "route" in out and err == ""
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("words, sentence", [(["--only", "nothing-like-it"], "nothing-like-it"), (["--plot", "a.txt"], "a.txt"), (["--device", "abacus"], "abacus"), (["--repeats", 0], "repeats")])
+def test_bench_refuses_in_one_sentence(run, words, sentence):
+    code, out, err = run("bench", *words)
+    assert code == 2 and out == "" and sentence in err and err.count("\n") == 1
