@@ -1,8 +1,7 @@
 # Each target sets up .venv by itself: all it needs is Python 3.10 or newer with pip.
 PYTHON ?= python3
 BIN := .venv/bin
-# The system's pip, run by the environment's Python: works with every pip and with systems whose environments come without one.
-PIP = $(BIN)/python $(shell $(PYTHON) -c "import pip; print(pip.__path__[0])")
+PIP := $(BIN)/python -m pip
 
 .PHONY: demo lab test export tiny bench clean
 
@@ -29,18 +28,19 @@ bench: .venv/test
 clean:
 	rm -rf .venv
 
-# A virtual environment without pip of its own works on systems that ship Python without ensurepip.
+# Some systems ship Python without ensurepip: make the environment without pip and let the system's pip, of any age, put a new one into it.
 .venv/bin/python:
 	$(PYTHON) -m venv --without-pip .venv
+	$(PYTHON) -m pip install --quiet --target "$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip
 
 .venv/package: .venv/bin/python pyproject.toml
-	$(PIP) install --quiet pip --editable .
+	$(PIP) install --quiet --editable .
 	touch $@
 
 .venv/book: .venv/bin/python pyproject.toml
-	$(PIP) install --quiet pip --editable ".[book]"
+	$(PIP) install --quiet --editable ".[book]"
 	touch $@ .venv/package
 
 .venv/test: .venv/bin/python pyproject.toml
-	$(PIP) install --quiet pip --editable ".[test]"
+	$(PIP) install --quiet --editable ".[test]"
 	touch $@ .venv/book .venv/package

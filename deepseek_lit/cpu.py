@@ -118,21 +118,35 @@ static void write_book(float scale, codebook *book) {
 
 # %% ../notebooks/18_cpu.ipynb #9ccb3905
 SOURCE += r"""
+#ifdef __AVX512VBMI__
+typedef struct { __m512i low[2], high[2]; } shelf;  /* a codebook in registers */
+ALWAYS shelf take(const codebook *book) {
+    return (shelf){{_mm512_loadu_si512(book->low), _mm512_loadu_si512(book->low + 64)}, {_mm512_loadu_si512(book->high), _mm512_loadu_si512(book->high + 64)}};
+}
+/* 64 codes to 64 numbers, of which *first gets the first half */
+ALWAYS void translate(const uint8_t *w, const shelf *book, __m512i *first, __m512i *second) {
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  /* unpacking takes 8 bytes of each quarter */
+    __m512i code = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(w));
+    __m512i low = _mm512_permutex2var_epi8(book->low[0], code, book->low[1]);
+    __m512i high = _mm512_permutex2var_epi8(book->high[0], code, book->high[1]);
+    high = _mm512_ternarylogic_epi64(high, code, _mm512_set1_epi8(-128), 0xf8);  /* high | (code & sign) */
+    *first = _mm512_unpacklo_epi8(low, high);
+    *second = _mm512_unpackhi_epi8(low, high);
+}
+#endif
+ALWAYS bf16 number(uint8_t code, const codebook *book) { return book->low[code & 127] | (book->high[code & 127] | (code & 128)) << 8; }
+
 static void look_up(const uint8_t *w, long n, const codebook *book, bf16 *out) {
     long c = 0;
 #ifdef __AVX512VBMI__
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), sign = _mm512_set1_epi8(-128);
-    const __m512i low0 = _mm512_loadu_si512(book->low), low1 = _mm512_loadu_si512(book->low + 64);
-    const __m512i high0 = _mm512_loadu_si512(book->high), high1 = _mm512_loadu_si512(book->high + 64);
-    for (; c + 64 <= n; c += 64) {
-        __m512i code = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(w + c));
-        __m512i low = _mm512_permutex2var_epi8(low0, code, low1), high = _mm512_permutex2var_epi8(high0, code, high1);
-        high = _mm512_ternarylogic_epi64(high, code, sign, 0xf8);  /* high | (code & sign) */
-        _mm512_storeu_si512(out + c, _mm512_unpacklo_epi8(low, high));
-        _mm512_storeu_si512(out + c + 32, _mm512_unpackhi_epi8(low, high));
+    const shelf known = take(book);
+    for (__m512i first, second; c + 64 <= n; c += 64) {
+        translate(w + c, &known, &first, &second);
+        _mm512_storeu_si512(out + c, first);
+        _mm512_storeu_si512(out + c + 32, second);
     }
 #endif
-    for (; c < n; c++) out[c] = book->low[w[c] & 127] | (book->high[w[c] & 127] | (w[c] & 128)) << 8;
+    for (; c < n; c++) out[c] = number(w[c], book);
 }
 """
 
@@ -148,20 +162,54 @@ static matrix open_matrix(const void *data, const float *scale, long k) {
 }
 static void close_matrix(matrix *w) { free(w->books); free(w->room); }
 
-/* r rows as bfloat16: where they lie, or decoded */
-static const bf16 *rows(matrix *w, long first, int r) {
-    if (!w->scale) return (const bf16 *)w->data + first * w->k;
+/* the bytes of an e4m3 row, with its codebooks ready and the rows that come later on their way */
+static const uint8_t *codes(matrix *w, long row) {
+    const uint8_t *begin = (const uint8_t *)w->data + row * w->k;
+    if (w->block_row != row / 128) {
+        w->block_row = row / 128;
+        for (long b = 0; b < w->blocks; b++) write_book(w->scale[w->block_row * w->blocks + b], w->books + b);
+    }
+    for (long c = 0; c < w->k; c += 64) __builtin_prefetch(begin + 8192 + c, 0, 2);
+    return begin;
+}
+
+static const bf16 *decoded(matrix *w, long first, int r) {
     for (int j = 0; j < r; j++) {
-        const uint8_t *row = (const uint8_t *)w->data + (first + j) * w->k;
-        if (w->block_row != (first + j) / 128) {
-            w->block_row = (first + j) / 128;
-            for (long b = 0; b < w->blocks; b++) write_book(w->scale[w->block_row * w->blocks + b], w->books + b);
-        }
-        for (long c = 0; c < w->k; c += 64) __builtin_prefetch(row + 8192 + c, 0, 2);
+        const uint8_t *row = codes(w, first + j);
         for (long b = 0, c = 0; b < w->blocks; b++, c += 128)
             look_up(row + c, w->k - c < 128 ? w->k - c : 128, w->books + b, w->room + j * w->k + c);
     }
     return w->room;
+}
+
+/* r rows as bfloat16: where they lie, or decoded */
+ALWAYS const bf16 *rows(matrix *w, long first, int r) { return w->scale ? decoded(w, first, r) : (const bf16 *)w->data + first * w->k; }
+"""
+
+# %% ../notebooks/18_cpu.ipynb #b710d3d1
+SOURCE += r"""
+/* one row against one token, without writing the numbers down in between */
+static float alone(matrix *w, long row, const bf16 *x) {
+    const uint8_t *code = codes(w, row); float rest = 0; lanes sum[2] = {0};
+    for (long b = 0, c = 0; b < w->blocks; b++) {
+        const codebook *book = w->books + b; const long end = c + 128 < w->k ? c + 128 : w->k;
+#if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
+        const shelf known = take(book);
+        for (__m512i first, second; c + 64 <= end; c += 64) {
+            translate(code + c, &known, &first, &second);
+            sum[0] = dot(sum[0], (operand)first, load(x + c));
+            sum[1] = dot(sum[1], (operand)second, load(x + c + 32));
+        }
+#endif
+        for (; c < end; c++) rest += widen(number(code[c], book)) * widen(x[c]);
+    }
+    return total(sum[0] + sum[1]) + rest;
+}
+
+/* out[m][2] = x . w for r rows from `first` on */
+ALWAYS void multiply(const bf16 *const *x, long m, matrix *w, long first, int r, float *out) {
+    if (m == 1 && w->scale) for (int j = 0; j < r; j++) out[j] = alone(w, first + j, *x);
+    else product(x, m, rows(w, first, r), r, w->k, out);
 }
 /* how many rows to take at a time: one bfloat16 row is a single stream, the pace memory likes best; more share what is read or decoded */
 ALWAYS int at_once(const matrix *w, long m, long left) { return left < 2 || (m < 6 && !w->scale) ? 1 : 2; }
@@ -181,7 +229,7 @@ void linear(const bf16 *x, const void *data, const float *scale, bf16 *y, long m
             long end = 16 * part + 16 < n ? 16 * part + 16 : n;
             for (long first = 16 * part, r; first < end; first += r) {
                 r = at_once(&w, m, end - first);
-                product(token, m, rows(&w, first, r), r, k, out);
+                multiply(token, m, &w, first, r, out);
                 for (long i = 0; i < m; i++) for (int j = 0; j < r; j++) y[i * n + first + j] = narrow(out[2 * i + j]);
             }
         }
@@ -226,8 +274,8 @@ static void propose(const expert *e, const bf16 *const *x, long m, long begin, l
     float *g = malloc(4 * m * sizeof *g), *u = g + 2 * m;
     for (long first = begin, r; first < end; first += r) {
         r = at_once(&gate, m, end - first);
-        product(x, m, rows(&gate, first, r), r, D, g);
-        product(x, m, rows(&up, first, r), r, D, u);
+        multiply(x, m, &gate, first, r, g);
+        multiply(x, m, &up, first, r, u);
         for (long i = 0; i < m; i++) for (int j = 0; j < r; j++)
             hidden[i * F + first + j] = narrow(g[2 * i + j] / (1 + expf(-g[2 * i + j])) * u[2 * i + j]);
     }
@@ -244,7 +292,7 @@ static void answer(const expert *e, const bf16 *const *hidden, const long *pair,
     float *out = malloc(2 * m * sizeof *out);
     for (long first = begin, r; first < end; first += r) {
         r = at_once(&down, m, end - first);
-        product(hidden, m, rows(&down, first, r), r, F, out);
+        multiply(hidden, m, &down, first, r, out);
         for (long i = 0; i < m; i++) for (int j = 0; j < r; j++)
             sum[pair[i] / top * PART + first - begin + j] += weight[pair[i]] * out[2 * i + j];
     }
@@ -331,7 +379,7 @@ static void carry_queries(const group *to, matrix *kv_b, const sizes *z, float *
 static void carry_values(const group *to, matrix *kv_b, const sizes *z, const bf16 *const *x, float *part, bf16 *out) {
     for (long i = 0; i < to->rows; i += z->S)
         for (long v = 0, h = to->head + i / z->S; v < z->V; v++) {
-            product(x + i, z->S, rows(kv_b, h * (z->N + z->V) + z->N + v, 1), 1, z->C, part);
+            multiply(x + i, z->S, kv_b, h * (z->N + z->V) + z->N + v, 1, part);
             for (long s = 0; s < z->S; s++) out[(s * z->H + h) * z->V + v] = narrow(part[2 * s]);
         }
 }
