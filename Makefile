@@ -5,8 +5,9 @@ PIP := $(BIN)/python -m pip
 
 .PHONY: demo lab test export tiny bench clean
 
+# In float32, so that every machine writes the same.
 demo: .venv/package
-	$(BIN)/deepseek-lit generate --prompt "def " --max-tokens 120 --temperature 0.6 --seed 7
+	$(BIN)/deepseek-lit generate --prompt "def " --max-tokens 120 --temperature 0.6 --seed 4 --dtype float32
 
 lab: .venv/book
 	cd notebooks && ../$(BIN)/jupyter lab 00_index.ipynb
