@@ -44,7 +44,7 @@ class Gate(nn.Module):
         """Weights, float32 [S, K], and indices, int64 [S, K], of each token's experts."""
         c = self.config
         rules = c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
-        if cpu.serves(x_SD, (self.weight, None)):
+        if x_SD.shape[-1] == self.weight.shape[1] and cpu.serves(x_SD, (self.weight, None)):
             return cpu.route(x_SD, self.weight, self.e_score_correction_bias.float(), *rules)
         scores_SE = self.scores(x_SD)
         if fp8.on_gpu(x_SD):

@@ -20,7 +20,7 @@ def rope_table(positions_BS: torch.Tensor, frequencies: torch.Tensor, amplitude:
 
 def apply_rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Turn the interleaved pairs (x[2i], x[2i+1]) of the last dimension of `x` [batch, seq, ..., R], keeping its dtype."""
-    if x.dim() in (3, 4) and table.shape[0] == x.shape[0] and cpu.serves(x):
+    if x.dim() in (3, 4) and table.shape == (*x.shape[:2], x.shape[-1] // 2) and table.dtype == torch.complex64 and cpu.serves(x):
         return cpu.rotate(x, table)
     pairs = torch.complex(x[..., 0::2].float(), x[..., 1::2].float())
     table = table.view(*table.shape[:2], *[1] * (x.dim() - 3), -1)

@@ -13,7 +13,7 @@ from deepseek_lit import cpu, fp8
 from deepseek_lit.config import ModelConfig
 from deepseek_lit.gate import Gate
 from deepseek_lit.generate import decode, prefill
-from deepseek_lit.mla import LatentCache, attend_absorbed
+from deepseek_lit.mla import LatentCache, RMSNorm, attend_absorbed
 from deepseek_lit.model import DeepSeekV3, init_weights
 from deepseek_lit.moe import MLP, MoE
 from deepseek_lit.rope import apply_rope
@@ -212,6 +212,19 @@ def test_routes_are_the_gates(experts, groups, keep, top, normalise, monkeypatch
                 exact, expected = gate(x)
             assert torch.equal(chosen, expected) and chosen.dtype == torch.int64
             torch.testing.assert_close(weights, exact, rtol=1e-5, atol=1e-7)
+
+
+@needs_kernels
+def test_sizes_that_do_not_fit_never_reach_c():
+    x, config = torch.randn(1, 2, 8).bfloat16(), ModelConfig(hidden_size=6, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2)
+    with pytest.raises(RuntimeError):
+        RMSNorm(6).bfloat16()(x)
+    with pytest.raises(RuntimeError):
+        Gate(config).bfloat16()(x[0])
+    with pytest.raises(RuntimeError):
+        apply_rope(x, torch.ones(1, 3, 4, dtype=torch.complex64))
+    one = torch.polar(torch.ones(1, 1, 4), torch.ones(1, 1, 4))
+    assert torch.equal(apply_rope(x, one), apply_rope(x, one.expand(1, 2, 4)))  # a table that is broadcast
 
 
 @needs_kernels
