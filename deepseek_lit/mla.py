@@ -94,12 +94,12 @@ def absorption_pays_below(config: ModelConfig, cached: float = math.inf) -> floa
 class LatentCache:
     """What attention remembers of every token: per layer the normed latent and the rotated key, each in the slot of its position.
 
-    `c_kv` is [layers, batch, slots, kv_lora_rank], `k_rope` [layers, batch, slots, qk_rope_head_dim]; on a GPU the slots come in whole pages of 64.
+    `further` layers come after the config's (chapter 07). `c_kv` is [layers, batch, slots, kv_lora_rank], `k_rope` [layers, batch, slots, qk_rope_head_dim]; on a GPU the slots come in whole pages of 64.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, max_tokens: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, config: ModelConfig, batch: int, max_tokens: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, further: int = 0):
         slots = max_tokens + -max_tokens % 64 if torch.device(device).type == "cuda" else max_tokens
-        shape = (config.num_hidden_layers, batch, slots)
+        shape = (config.num_hidden_layers + further, batch, slots)
         self.c_kv = torch.zeros(*shape, config.kv_lora_rank, device=device, dtype=dtype)
         self.k_rope = torch.zeros(*shape, config.qk_rope_head_dim, device=device, dtype=dtype)
 

@@ -4,6 +4,8 @@
 __all__ = ['Layer', 'Decoder', 'DeepSeekV3', 'init_weights']
 
 # %% ../notebooks/06_model.ipynb #e7f5e164
+import itertools
+
 import torch
 from torch import nn
 
@@ -40,16 +42,20 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, cache: LatentCache | None = None) -> torch.Tensor:
-        """Final hidden states [batch, seq, hidden]; see `DeepSeekV3.forward` for the arguments."""
+    def place(self, input_ids: torch.Tensor, positions: torch.Tensor | None, cache: LatentCache | None) -> tuple:
+        """Where the tokens stand, as every layer wants to know it: positions, their rotations, the cache, and how much of it is in use."""
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        extent = int(positions.max()) + 1 if cache is not None else None
         frequencies = rope_frequencies(self.config).to(input_ids.device)
         rope = rope_table(positions, frequencies, rope_amplitude(self.config))
+        return positions, rope, cache, None if cache is None else int(positions.max()) + 1
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, cache: LatentCache | None = None) -> torch.Tensor:
+        """Final hidden states [batch, seq, hidden]; see `DeepSeekV3.forward` for the arguments."""
+        place = self.place(input_ids, positions, cache)
         x_BSD = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x_BSD = layer(x_BSD, positions, rope, cache, extent)
+        for layer in itertools.islice(self.layers, self.config.num_hidden_layers):  # what may follow is chapter 07's
+            x_BSD = layer(x_BSD, *place)
         return self.norm(x_BSD)
 
 # %% ../notebooks/06_model.ipynb #e83d44b5

@@ -12,8 +12,10 @@ from models import random_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from deepseek_lit import checkpoint
-from deepseek_lit.checkpoint import INDEX, inspect_checkpoint, load_model, map_checkpoint, spread, write_hollow
+from deepseek_lit.checkpoint import INDEX, inspect_checkpoint, load_model, map_checkpoint, save_model, spread, write_hollow
 from deepseek_lit.config import InputError, ModelConfig, checkpoint_tensors
+from deepseek_lit.model import DeepSeekV3, init_weights
+from deepseek_lit.mtp import add_mtp
 
 FP8 = random_config(3, fp8=True, torch_dtype="bfloat16")
 PLAIN = random_config(3)
@@ -394,15 +396,44 @@ def test_odd_addresses_are_copied(tmp_path):
 
 
 @pytest.mark.parametrize("announced", [0, 1, None])
-def test_mtp_tensors_are_skipped_with_a_line(announced, model_dir, capsys):
-    load_model(model_dir)
-    assert capsys.readouterr().err == ""
-    last = f"model.layers.{FP8.num_hidden_layers}"
-    edit(model_dir, WEIGHT, lambda tensors: tensors.update({f"{last}.enorm.weight": torch.ones(4), f"{last}.mlp.experts.0.up_proj.weight": torch.ones(4, 4)}))
-    edit_config(model_dir, lambda config: config.pop("num_nextn_predict_layers") if announced is None else config.update(num_nextn_predict_layers=announced))
-    load_model(model_dir)
-    line = capsys.readouterr().err
-    assert "skipping 2 Multi-Token Prediction tensors" in line and last in line and line.count("\n") == 1
+@pytest.mark.parametrize("own", [None, "embed_tokens", "shared_head.head"])
+def test_mtp_layer_is_opened_when_wanted(announced, own, tmp_path, capsys):
+    config = random_config(3, num_nextn_predict_layers=1)
+    model = init_weights(add_mtp(DeepSeekV3(config), {f"model.layers.3.{own}.weight"} if own else ()))
+    save_model(model, tmp_path, fp8=True)
+    edit_config(tmp_path, lambda fields: fields.pop("num_nextn_predict_layers") if announced is None else fields.update(num_nextn_predict_layers=announced))
+    assert len(load_model(tmp_path).model.layers) == 3
+    opened = load_model(tmp_path, mtp=True, dtype=torch.float32)
+    assert capsys.readouterr() == ("", "")
+    layer, saved = opened.model.layers[3], model.model.layers[3]
+    assert torch.equal(layer.enorm.weight, saved.enorm.weight) and layer.self_attn.o_proj.weight.dtype == torch.float8_e4m3fn
+    assert (layer.embed_tokens is not None) == (own == "embed_tokens") and (layer.shared_head.head is not None) == (own == "shared_head.head")
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_copies_of_embedding_and_head_are_tied_and_others_kept(copied, tmp_path):
+    config = random_config(3, num_nextn_predict_layers=1)
+    names = {"model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight"}
+    model = init_weights(add_mtp(DeepSeekV3(config), names))
+    layer = model.model.layers[3]
+    if copied:
+        layer.embed_tokens.weight.data.copy_(model.model.embed_tokens.weight.data)
+        layer.shared_head.head.weight.data.copy_(model.lm_head.weight.data)
+    save_model(model, tmp_path, fp8=False)
+    assert names <= map_checkpoint(tmp_path).keys()
+    layer = load_model(tmp_path, mtp=True).model.layers[3]
+    assert (layer.embed_tokens is None) == (layer.shared_head.head is None) == copied
+
+
+def test_missing_mtp_tensors_are_an_error_only_when_wanted(tmp_path):
+    write_checkpoint(tmp_path, random_config(3))
+    with pytest.raises(InputError, match="has no Multi-Token Prediction layer .model.layers.3"):
+        load_model(tmp_path, mtp=True)
+    save_model(init_weights(add_mtp(DeepSeekV3(random_config(3, num_nextn_predict_layers=1)))), tmp_path, fp8=False)
+    drop(tmp_path, "model.layers.3.hnorm.weight")
+    load_model(tmp_path)
+    with pytest.raises(InputError, match="model.layers.3.hnorm.weight is missing"):
+        load_model(tmp_path, mtp=True)
 
 
 def test_tied_embedding(tmp_path):
