@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'INDEX', 'COPIES', 'MARKS', 'KINDS', 'read_header', 'Entry', 'parse_entry', 'read_layout', 'map_file',
-           'map_entries', 'make_header', 'write_hollow_file', 'read_index', 'find_shards', 'survey', 'broken_promises',
-           'read_checkpoint', 'map_checkpoint', 'layer_of', 'is_mtp', 'is_copy', 'kind_of', 'spread', 'allowed_dtypes',
-           'tensor_problems', 'check_tensors', 'missing', 'stray', 'add_up', 'compare', 'local_directory',
-           'inspect_checkpoint', 'loaded_dtype', 'bytes_to_copy', 'free_bytes', 'check_memory', 'fill', 'own_copies',
-           'collector_paused', 'download', 'resolve', 'load_model', 'write_json', 'write_hollow', 'checkpoint_state',
-           'split_shards', 'save_model']
+           'strides', 'map_entries', 'make_header', 'write_hollow_file', 'read_index', 'find_shards', 'survey',
+           'broken_promises', 'read_checkpoint', 'map_checkpoint', 'layer_of', 'is_mtp', 'is_copy', 'kind_of', 'spread',
+           'allowed_dtypes', 'tensor_problems', 'check_tensors', 'missing', 'stray', 'add_up', 'compare',
+           'local_directory', 'inspect_checkpoint', 'loaded_dtype', 'bytes_to_copy', 'free_bytes', 'check_memory',
+           'fill', 'own_copies', 'collector_paused', 'download', 'resolve', 'load_model', 'write_json', 'write_hollow',
+           'checkpoint_state', 'split_shards', 'save_model']
 
 # %% ../notebooks/12_checkpoint.ipynb #3178fdd4
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -117,6 +118,12 @@ def map_file(file: Path) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 # %% ../notebooks/12_checkpoint.ipynb #51c67c6f
+@functools.cache
+def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How far apart neighbours lie along each dimension of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 def map_entries(entries: dict[str, Entry]) -> dict[str, torch.Tensor]:
     """Every tensor as a view of its memory-mapped file."""
     files = {file: map_file(file) for file in {entry.file for entry in entries.values()}}
@@ -126,9 +133,10 @@ def map_entries(entries: dict[str, Entry]) -> dict[str, torch.Tensor]:
             whole = files[file]
             kinds[file, dtype] = whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype)
         index, odd = divmod(first, dtype.itemsize)
-        numbers = math.prod(shape)
-        flat = files[file][first : first + numbers * dtype.itemsize].clone().view(dtype) if odd else kinds[file, dtype][index : index + numbers]
-        tensors[name] = flat.view(shape)
+        if odd:
+            tensors[name] = files[file][first : first + math.prod(shape) * dtype.itemsize].clone().view(dtype).view(shape)
+        else:
+            tensors[name] = kinds[file, dtype].as_strided(shape, strides(shape), index)
     return tensors
 
 # %% ../notebooks/12_checkpoint.ipynb #4642aad1
@@ -240,7 +248,7 @@ COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.
 
 def is_copy(name: str, config: ModelConfig) -> bool:
     """Whether a tensor is an MTP layer's copy of the embedding or the head."""
-    return is_mtp(name, config) and name.split(".", 3)[3] in COPIES
+    return name.endswith(tuple(COPIES)) and is_mtp(name, config) and name.split(".", 3)[3] in COPIES
 
 # %% ../notebooks/12_checkpoint.ipynb #7bb38287
 MARKS = {

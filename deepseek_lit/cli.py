@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Model', 'Device', 'Dtype', 'Dequantize', 'MaxTokens', 'Temperature', 'TopP', 'TopK', 'MinP',
-           'RepetitionPenalty', 'Seed', 'Stop', 'root', 'open_llm', 'read_prompts', 'open_output', 'speed', 'say',
-           'remark', 'answer_file', 'generate', 'reply', 'take_turn', 'chat', 'human', 'count', 'layer_lines',
-           'as_table', 'inspect', 'cast_command', 'bench', 'out_of_memory', 'complain', 'main']
+           'RepetitionPenalty', 'Seed', 'SpeculativeTokens', 'Stop', 'root', 'find_device', 'open_llm', 'read_prompts',
+           'open_output', 'speed', 'acceptance', 'say', 'remark', 'answer_file', 'generate', 'reply', 'take_turn',
+           'chat', 'human', 'count', 'layer_lines', 'as_table', 'inspect', 'cast_command', 'train_command',
+           'plan_command', 'bench', 'out_of_memory', 'complain', 'main']
 
 # %% ../notebooks/17_cli.ipynb #570f75da
 import contextlib
@@ -24,10 +25,12 @@ import typer
 from tqdm import tqdm
 
 from . import bench as benchmark
+from . import plan as planning
 from .cast import cast
-from .checkpoint import inspect_checkpoint
-from .config import InputError
+from .checkpoint import inspect_checkpoint, local_directory
+from .config import InputError, ModelConfig
 from .generate import LLM, RequestOutput, SamplingParams
+from .train import read_run, train_run
 
 # %% ../notebooks/17_cli.ipynb #73e309af
 app = typer.Typer(name="deepseek-lit", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -46,6 +49,7 @@ TopK = Annotated[int, typer.Option(help="Keep this many of the likeliest tokens;
 MinP = Annotated[float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages tokens that have occurred.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text.")]
+SpeculativeTokens = Annotated[int, typer.Option(help="Guess so many tokens ahead with the MTP layer, up to 3: the same text in fewer steps.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="<str>", help="End the reply before this text; may be repeated.")]
 
 # %% ../notebooks/17_cli.ipynb #7e5118c9
@@ -62,18 +66,24 @@ def root(
         print(context.get_help())
 
 # %% ../notebooks/17_cli.ipynb #9bf05b48
-def open_llm(model: str | None, device: str, dtype: str | None, dequantize: bool, max_batch: int = 1) -> LLM:
+def find_device(word: str) -> str:
+    """The device that a `--device` word means."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if word == "auto" else word
+    try:
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device {device} is not available here, expected auto, cpu or a GPU that PyTorch sees") from None
+    return device
+
+
+def open_llm(model: str | None, device: str, dtype: str | None, dequantize: bool, speculative_tokens: int, max_batch: int = 1) -> LLM:
     """An `LLM` from command-line words."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
     if model is not None and Path(model).is_file():
         raise InputError(f"--model {model} is a file, expected the directory that holds config.json and the weights")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        torch.empty(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {device} is not available here, expected auto, cpu or a GPU that PyTorch sees") from None
-    return LLM(model, device, getattr(torch, dtype) if dtype else None, dequantize, max_batch)
+    device = find_device(device)
+    return LLM(model, device, getattr(torch, dtype) if dtype else None, dequantize, max_batch, speculative_tokens=speculative_tokens)
 
 # %% ../notebooks/17_cli.ipynb #7b933c52
 def read_prompts(file: Path) -> list[str] | list[list[int]]:
@@ -115,12 +125,19 @@ def open_output(file: Path | None) -> Iterator[TextIO]:
 
 # %% ../notebooks/17_cli.ipynb #e58496a6
 def speed(out: RequestOutput) -> str:
-    """How fast a prompt was read and its reply written."""
+    """How fast a prompt was read and its reply written, and what guesses were worth."""
     prompt, reply = len(out.prompt_token_ids), len(out.token_ids)
     read = f"read {prompt} tokens in {out.prefill_seconds:.2f} s ({prompt / out.prefill_seconds:.1f} tokens/s)"
     if reply == 1:
         return f"{read}, wrote 1 token"
-    return f"{read}, wrote {reply} tokens in {out.seconds:.2f} s ({(reply - 1) / (out.seconds - out.prefill_seconds):.1f} tokens/s after the first)"
+    return f"{read}, wrote {reply} tokens in {out.seconds:.2f} s ({(reply - 1) / (out.seconds - out.prefill_seconds):.1f} tokens/s after the first){acceptance([out])}"
+
+
+def acceptance(outputs: list[RequestOutput]) -> str:
+    """How many guesses came true, as the end of a remark; nothing when there were none."""
+    drafted, accepted = sum(out.drafted for out in outputs), sum(out.accepted for out in outputs)
+    tokens, steps = sum(len(out.token_ids) for out in outputs), sum(out.steps for out in outputs)
+    return f", {accepted} of {drafted} guesses right, {tokens / steps:.2f} tokens a step" if drafted else ""
 
 # %% ../notebooks/17_cli.ipynb #95d85f73
 def say(text: str) -> None:
@@ -135,19 +152,18 @@ def remark(text: str) -> None:
 # %% ../notebooks/17_cli.ipynb #6424036e
 def answer_file(llm: LLM, prompts: list, ids: list[list[int]], params: SamplingParams, stream: TextIO) -> None:
     """Write one JSON object per prompt, batch by batch, with a progress bar when a person is watching."""
-    written, start = 0, time.perf_counter()
+    outputs, start = [], time.perf_counter()
     with tqdm(total=len(prompts), unit=" prompts", disable=not sys.stderr.isatty()) as bar:
         for first in range(0, len(prompts), llm.max_batch):
             batch = ids[first : first + llm.max_batch]
-            outputs = llm.generate(batch, params)
-            for prompt, out in zip(prompts[first:], outputs):
+            outputs += llm.generate(batch, params)
+            for prompt, out in zip(prompts[first:], outputs[first:]):
                 fields = {"prompt": prompt, "text": out.text, "token_ids": out.token_ids, "finish_reason": out.finish_reason}
                 print(json.dumps(fields, ensure_ascii=False), file=stream)
             stream.flush()
             bar.update(len(batch))
-            written += sum(len(out.token_ids) for out in outputs)
-    seconds = time.perf_counter() - start
-    remark(f"wrote {written} tokens for {len(prompts)} prompts in {seconds:.1f} s ({written / seconds:.1f} tokens/s)")
+    seconds, written = time.perf_counter() - start, sum(len(out.token_ids) for out in outputs)
+    remark(f"wrote {written} tokens for {len(prompts)} prompts in {seconds:.1f} s ({written / seconds:.1f} tokens/s){acceptance(outputs)}")
 
 # %% ../notebooks/17_cli.ipynb #424ee628
 @app.command()
@@ -158,7 +174,7 @@ def generate(
     batch: Annotated[int, typer.Option(help="How many prompts of a file share a forward pass.")] = 32,
     model: Model = None, device: Device = "auto", dtype: Dtype = None, dequantize: Dequantize = False,
     max_tokens: MaxTokens = 128, temperature: Temperature = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None,
+    repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None, speculative_tokens: SpeculativeTokens = 0,
 ) -> None:  # fmt: skip
     """Continue a prompt, or every prompt of a file."""
     if prompt is not None and prompts is not None:
@@ -170,7 +186,7 @@ def generate(
         remark("type the prompt and end it with Ctrl-D on a line of its own (--prompt gives it at once)")
     texts = read_prompts(prompts) if prompts else [sys.stdin.read() if prompt is None else prompt]
     with open_output(output) as stream:
-        llm = open_llm(model, device, dtype, dequantize, batch)
+        llm = open_llm(model, device, dtype, dequantize, speculative_tokens, batch)
         ids = [llm.encode(text, index) for index, text in enumerate(texts)]
         if prompts:
             answer_file(llm, texts, ids, params, stream)
@@ -215,11 +231,11 @@ def take_turn(llm: LLM, history: list[dict[str, str]], line: str, params: Sampli
 def chat(
     model: Model = None, device: Device = "auto", dtype: Dtype = None, dequantize: Dequantize = False,
     max_tokens: MaxTokens = 512, temperature: Temperature = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None,
+    repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None, speculative_tokens: SpeculativeTokens = 0,
 ) -> None:  # fmt: skip
     """Talk with a model. /clear forgets the conversation, /exit ends it, Ctrl-C stops a reply."""
     params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, seed=seed)
-    llm = open_llm(model, device, dtype, dequantize)
+    llm = open_llm(model, device, dtype, dequantize, speculative_tokens)
     if llm.tokenizer is None:
         raise InputError(f"{model} has no tokenizer.json, which chat needs")
     llm.tokenizer.apply_chat_template([{"role": "user", "content": "Is there a template?"}])
@@ -313,6 +329,43 @@ def cast_command(
         raise
     seconds = time.perf_counter() - start
     remark(f"wrote {human(written)} to {out} in {seconds:.1f} s ({human(written / seconds)}/s){', verified' if verify else ''}")
+
+# %% ../notebooks/17_cli.ipynb #ebe3f528
+@app.command("train")
+def train_command(
+    config: Annotated[Path, typer.Option("--config", "-c", help="Settings, .json or .toml: output, data, tokenizer, model, train, every. Only output is required.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the output directory.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Train a model from text files, or from the built-in mixture, and write its checkpoint."""
+    run = read_run(config)
+    try:
+        train_run(run, resume, find_device(device))
+    except KeyboardInterrupt:
+        remark(f"stopped; the same command with --resume goes on from the last state in {run.output}, written every {run.every} steps")
+        raise
+    remark(f"wrote {run.output}")
+
+# %% ../notebooks/17_cli.ipynb #70ade432
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Argument(help='Model directory, of which only config.json is read; or "671b" for the release.')] = "671b",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of one node.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    memory: Annotated[float, typer.Option(min=0.001, help="GiB of one GPU, as nvidia-smi or PyTorch report it; an H100 of 80 GB has 79.1.")] = 79.1,
+    layout: Annotated[str, typer.Option(help="best, or sizes such as tp8, pp2xtp8, tp16xep16, dp16xep16+32; see chapter 15.")] = "best",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a prompt and its reply.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    dequantize: Dequantize = False,
+    mtp: Annotated[bool, typer.Option("--mtp", help="With the Multi-Token Prediction layer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, in bytes.")] = False,
+) -> None:
+    """Say what a model needs on so many GPUs, whether it fits, and what would."""
+    config = ModelConfig() if model.lower() == "671b" else ModelConfig.from_pretrained(local_directory(model))
+    if context > config.max_position_embeddings:
+        raise InputError(f"--context is {context}, expected at most {config.max_position_embeddings} (max_position_embeddings)")
+    answer = planning.plan(config, layout, gpus, memory, context, batch, nodes, dequantize, mtp)
+    print(json.dumps(answer, indent=2) if as_json else planning.as_text(answer))
 
 # %% ../notebooks/17_cli.ipynb #4ee2836e
 @app.command()

@@ -182,7 +182,7 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
     return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * bytes_per_value
 
 # %% ../notebooks/01_config.ipynb #164251d9
-def tiny_config(vocab_size: int = 4096) -> ModelConfig:
+def tiny_config(vocab_size: int = 2048) -> ModelConfig:
     """The bundled checkpoint's architecture: every mechanism of the release, small enough to train on a laptop."""
     return ModelConfig(
         vocab_size=vocab_size, hidden_size=256, num_hidden_layers=4, max_position_embeddings=2048,
@@ -190,7 +190,7 @@ def tiny_config(vocab_size: int = 4096) -> ModelConfig:
         qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
         rope_scaling=Yarn(factor=8.0, original_max_position_embeddings=256),
         first_k_dense_replace=1, intermediate_size=768, moe_intermediate_size=128,
-        n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, num_nextn_predict_layers=0,
+        n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, num_nextn_predict_layers=1,
     )  # fmt: skip
 
 # %% ../notebooks/01_config.ipynb #39a82398

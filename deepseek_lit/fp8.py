@@ -131,8 +131,8 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.register_parameter("weight_scale_inv", None)
+        # What `self.weight = ` and `register_parameter` do, less their checks: the release has 45,000 of these to make.
+        self._parameters.update(weight=nn.Parameter(torch.empty(out_features, in_features)), weight_scale_inv=None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.weight_scale_inv)

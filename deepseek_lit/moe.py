@@ -20,9 +20,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
-        self.gate_proj = Linear(hidden_size, width)
-        self.up_proj = Linear(hidden_size, width)
-        self.down_proj = Linear(width, hidden_size)
+        # Three attributes, set without the checks of `self.gate_proj = `: the release has 15,000 of these to make.
+        self._modules.update(gate_proj=Linear(hidden_size, width), up_proj=Linear(hidden_size, width), down_proj=Linear(width, hidden_size))
 
     def matrices(self) -> tuple:
         """The three weights, each with its block scales (None when plain)."""
@@ -30,7 +29,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         matrices = self.matrices()
-        if cpu.takes(x, *matrices[0]) and all(map(cpu.readable, matrices[1:])):
+        if cpu.takes(x, *matrices[0]) and all(map(cpu.readable, matrices[1:])) and not any(map(cpu.listened_to, self.children())):
             return cpu.mlp(x, matrices)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 

@@ -152,7 +152,7 @@ def test_chat_remembers_clears_and_exits(run, master, monkeypatch, conversations
 
 
 def test_interrupt_stops_the_reply_and_not_the_session(run, master, monkeypatch, conversations):
-    step, steps = generate.decode, []
+    step, steps = generate.read_on, []
 
     def interrupted(*arguments):
         steps.append(1)
@@ -160,7 +160,7 @@ def test_interrupt_stops_the_reply_and_not_the_session(run, master, monkeypatch,
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr(generate, "decode", interrupted)
+    monkeypatch.setattr(generate, "read_on", interrupted)
     type_lines(monkeypatch, "hello", KeyboardInterrupt(), "go on")
     code, out, err = run("chat", "-m", master, "--max-tokens", "6", "--seed", "1", "--dtype", "float32")
     assert code == 0 and "(stopped)" in err and "/exit ends the session" in out

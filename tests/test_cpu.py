@@ -2,6 +2,7 @@
 
 import copy
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from deepseek_lit import cpu, fp8
-from deepseek_lit.config import ModelConfig
+from deepseek_lit.config import ModelConfig, Yarn
 from deepseek_lit.gate import Gate
 from deepseek_lit.generate import decode, prefill
 from deepseek_lit.mla import LatentCache, RMSNorm, attend_absorbed
@@ -233,35 +234,206 @@ def test_of_equal_scores_the_first_wins():
     assert chosen.tolist() == [[0, 1, 2]] * 2 and torch.allclose(weights, torch.full((2, 3), 1 / 3))
 
 
-@needs_kernels
-@pytest.mark.parametrize("fp8_weights", [False, True])
-def test_the_model_speaks_the_same_with_and_without(fp8_weights, monkeypatch):
-    config = ModelConfig(
+def small_model(fp8_weights: bool = False, **changes) -> DeepSeekV3:
+    """Random weights, bfloat16 or FP8, as `load_model` would leave them."""
+    sizes = dict(
         vocab_size=64, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, q_lora_rank=24, kv_lora_rank=40, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
         first_k_dense_replace=1, intermediate_size=200, moe_intermediate_size=40, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, n_group=2, topk_group=1,
-        num_nextn_predict_layers=0,
+        num_nextn_predict_layers=0, fp8=False,
     )  # fmt: skip
-    model = init_weights(DeepSeekV3(config), 1)
-    if fp8_weights:
-        for layer in model.modules():
-            if isinstance(layer, fp8.Linear) and layer is not model.lm_head:
-                weight, scale = fp8.quantize(layer.weight * 20)
-                layer.weight, layer.weight_scale_inv = (torch.nn.Parameter(t, requires_grad=False) for t in (weight, scale))
-    exact = copy.deepcopy(model)
-    prompts = [[5, 7, 9, 11, 2], [3, 1]]
+    model = init_weights(DeepSeekV3(ModelConfig(**(sizes | changes))), 1)
+    for layer in model.modules():
+        if fp8_weights and isinstance(layer, fp8.Linear) and layer is not model.lm_head:
+            weight, scale = fp8.quantize(layer.weight * 5)
+            layer.weight, layer.weight_scale_inv = (torch.nn.Parameter(t, requires_grad=False) for t in (weight, scale))
+    return model
+
+
+def rounded(model: DeepSeekV3) -> DeepSeekV3:
+    model = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype == torch.float32 and "scale_inv" not in name and "bias" not in name:
             parameter.data = parameter.data.bfloat16()
-    logits = {}
-    for way in ("compiled", "plain"):
-        if way == "plain":
-            monkeypatch.setattr(cpu, "serves", lambda x, *matrices: False)
-        cache = LatentCache(config, 2, 12, dtype=torch.bfloat16)
-        logits[way] = torch.stack([prefill(model, prompts, cache, 3)] + [decode(model, [4 + i, 6], [5 + i, 2 + i], cache) for i in range(4)])
-    cache = LatentCache(config, 2, 12)
-    reference = torch.stack([prefill(exact, prompts, cache, 3)] + [decode(exact, [4 + i, 6], [5 + i, 2 + i], cache) for i in range(4)])
+    return model
+
+
+def speak(model: DeepSeekV3, dtype: torch.dtype) -> torch.Tensor:
+    """The logits of two sequences: a prompt in chunks, then four steps."""
+    cache = LatentCache(model.config, 2, 12, dtype=dtype)
+    logits = [prefill(model, [[5, 7, 9, 11, 2], [3, 1]], cache, 3)] + [decode(model, [4 + i, 6], [5 + i, 2 + i], cache) for i in range(4)]
+    return torch.stack(logits)
+
+
+MODELS = {
+    "the release's kind": {},
+    "queries in one piece, one plain gate": dict(q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=0, norm_topk_prob=False),
+    "dense": dict(first_k_dense_replace=3),
+    "real head sizes, YaRN": dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, rope_scaling=Yarn()),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("fp8_weights", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_model_speaks_the_same_in_all_three_ways(kind, fp8_weights, monkeypatch):
+    model, calls = small_model(fp8_weights, **MODELS[kind]), []
+    reference, model = speak(model, torch.float32), rounded(model)
+    original = cpu.WholeLayers.__call__
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu.WholeLayers, "__call__", lambda self, *a: calls.append([known.index for known in self.known]) or original(self, *a))
+        logits = {"whole": speak(model, torch.bfloat16)}
+        assert calls == 6 * [[0, 1, 2]]  # two chunks of the prompt and four tokens, all layers in one call
+        handle = model.model.layers[1].register_forward_hook(lambda *_: None)
+        logits["layers"] = speak(model, torch.bfloat16)
+        handle.remove()
+        assert calls[6:] == 6 * [[0], [1], [2]] and torch.equal(logits["layers"], logits["whole"])
+    monkeypatch.setattr(cpu, "whole_layers", lambda *_: None)
+    logits["by modules"] = speak(model, torch.bfloat16)
+    monkeypatch.setattr(cpu, "serves", lambda x, *matrices: False)
+    logits["plain"] = speak(model, torch.bfloat16)
     away = {way: float((found - reference).norm() / reference.norm()) for way, found in logits.items()}
-    assert away["compiled"] < max(1.5 * away["plain"], 0.02), away
+    assert max(away["whole"], away["by modules"]) < max(1.5 * away["plain"], 0.02), away
+
+
+INSIDE = ["", "self_attn", "self_attn.q_b_proj", "self_attn.kv_a_layernorm", "input_layernorm", "mlp", "mlp.gate", "mlp.shared_experts", "mlp.shared_experts.up_proj"]
+
+
+def new_step(model: DeepSeekV3, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Logits of the first token of an empty cache."""
+    return decode(model, [3] * batch, [0] * batch, LatentCache(model.config, batch, 8, dtype=dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("listen", ["hook", "pre-hook", "forward"])
+def test_whoever_listens_to_a_module_hears_it(name, listen, monkeypatch):
+    model, heard = rounded(small_model()), []
+    before, module = new_step(model), model.get_submodule(f"model.layers.1.{name}".rstrip("."))
+    with monkeypatch.context() as patched:
+        if listen == "forward":
+            forward = module.forward
+            patched.setattr(module, "forward", lambda *a: heard.append(name) or forward(*a))
+        else:
+            register = module.register_forward_hook if listen == "hook" else module.register_forward_pre_hook
+            handle = register(lambda *_: heard.append(name))
+        assert (new_step(model) - before).norm() < 0.02 * before.norm()
+    if listen != "forward":
+        handle.remove()
+    elif "forward" in module.__dict__:  # what monkeypatch leaves behind
+        del module.forward
+    assert heard == [name]
+    assert torch.equal(new_step(model), before) and heard == [name]
+
+
+@needs_kernels
+def test_global_hooks_hear_every_module():
+    model, heard = rounded(small_model()), set()
+    new_step(model)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: heard.add(type(module).__name__))
+    new_step(model)
+    handle.remove()
+    assert heard >= {"Layer", "MLA", "Gate", "MoE", "RMSNorm"}
+
+
+@needs_kernels
+def test_a_hook_that_comes_in_the_middle_of_a_reply_is_heard():
+    model, heard = rounded(small_model()), []
+    cache, other = (LatentCache(model.config, 1, 8, dtype=torch.bfloat16) for _ in range(2))
+    for position in range(3):
+        decode(model, [3], [position], cache)
+        before = decode(model, [3], [position], other)
+    with model.model.layers[2].mlp.gate.register_forward_hook(lambda *_: heard.append(1)):
+        listened = decode(model, [3], [2], cache)
+    assert heard == [1] and (listened - before).norm() < 0.02 * before.norm()
+    assert torch.equal(decode(model, [3], [2], cache), decode(model, [3], [2], other)) and heard == [1]
+
+
+@needs_kernels
+def test_layers_that_change_are_noticed():
+    model = rounded(small_model())
+    layer, decoder = model.model.layers[1], model.model
+    before, whole = new_step(model), decoder.whole
+    assert torch.equal(new_step(model), before) and decoder.whole is whole  # found once
+    layer.self_attn.o_proj.weight.data *= 2  # in place: the same memory
+    changed = new_step(model)
+    assert decoder.whole is whole and not torch.equal(changed, before)
+    layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.data / 2  # elsewhere
+    assert torch.equal(new_step(model), before) and decoder.whole is not whole
+    layer.mlp.shared_experts.down_proj.weight = torch.nn.Parameter(torch.zeros(96, 80).bfloat16(), requires_grad=False)
+    assert not torch.equal(new_step(model), before)
+    layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.data.mT.contiguous().mT  # C cannot read it
+    assert new_step(model).isfinite().all() and not decoder.whole.readable and not layer.whole.readable and decoder.layers[2].whole.readable
+
+
+class Louder(torch.nn.Module):
+    """Somebody else's module in the place of a projection."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.weight, self.weight_scale_inv = inner, inner.weight, None
+
+    def forward(self, x):
+        return 3 * self.inner(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.gate", "mlp.experts.7.up_proj"])
+def test_modules_of_others_are_called(name):
+    model = rounded(small_model(n_group=1, topk_group=1, num_experts_per_tok=8))
+    layer, before = model.model.layers[1], None
+    parent, leaf = layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    setattr(parent, leaf, Louder(parent.get_submodule(leaf)) if leaf != "gate" else type("Other", (Gate,), {})(model.config).bfloat16())
+    if leaf == "gate":
+        torch.nn.init.zeros_(parent.gate.weight)
+    assert new_step(model).isfinite().all() and not layer.whole.readable and model.model.layers[2].whole.readable
+
+
+@needs_kernels
+def test_copies_of_a_model_find_their_own_weights(tmp_path):
+    model = rounded(small_model())
+    before = new_step(model)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert other.model.whole is None
+        for parameter in model.parameters():
+            assert not any(parameter.data_ptr() == p.data_ptr() for p in other.parameters())
+        assert torch.equal(new_step(other), before) and other.model.whole.readable
+
+
+@needs_kernels
+def test_caches_that_do_not_fit_are_not_handed_to_c():
+    model = rounded(small_model())
+    new_step(model)
+    with pytest.raises(RuntimeError, match="dtype"):  # as the plain path says
+        new_step(model, dtype=torch.float32)
+    cache = LatentCache(model.config, 1, 8, dtype=torch.bfloat16)
+    for position in (8, 1000):
+        with pytest.raises(IndexError):
+            decode(model, [3], [position], cache)
+    whole, x = model.model.whole, torch.zeros(1, 1, 96).bfloat16()
+    with pytest.raises(IndexError, match="from -1 to -1 .* 8 slots"):
+        whole(x, torch.tensor([[-1]]), torch.ones(1, 1, 4, dtype=torch.complex64), cache)
+    assert not cache.c_kv.any()
+
+
+@needs_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of one kind")
+@pytest.mark.parametrize("march, needed", [("x86-64", "sse2"), ("x86-64-v3", "avx2")])
+def test_kernels_for_other_processors(march, needed, fresh, monkeypatch):
+    """Built without the instructions that this processor may have, and with little optimisation, which takes less time and changes no result."""
+    other, run = {"-march=native": f"-march={march}", "-O3": "-O1"}, subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run([other.get(part, part) for part in command], **options))
+    if needed not in cpu.processor():
+        pytest.skip(f"this processor lacks {needed}")
+    for fp8_weights in (False, True):
+        model = small_model(fp8_weights)
+        reference, model = speak(model, torch.float32), rounded(model)
+        whole = speak(model, torch.bfloat16)
+        assert model.model.whole.readable
+        with monkeypatch.context() as patched:
+            patched.setattr(cpu, "serves", lambda x, *matrices: False)
+            away = (speak(model, torch.bfloat16) - reference).norm()
+        assert (whole - reference).norm() < max(1.5 * away, 0.02 * reference.norm())
 
 
 @needs_kernels
