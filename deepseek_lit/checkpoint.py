@@ -462,12 +462,15 @@ def own_copies(tensors: dict[str, torch.Tensor], config: ModelConfig) -> set[str
 # %% ../notebooks/12_checkpoint.ipynb #bfa6b45f
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """No garbage collection inside: it would walk all of the new objects many times over."""
+    """No garbage collection inside: it would walk all of the new objects many times over. Afterwards they count as old."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if not gc.get_freeze_count():
+            gc.freeze()
+            gc.unfreeze()
         if was_on:
             gc.enable()
 
@@ -518,12 +521,12 @@ def load_model(path: str | Path | None = None, device: torch.device | str = "cpu
         entries = read_checkpoint(path)
         check_tensors(entries, config, path, mtp)
         tensors = map_entries({name: entry for name, entry in entries.items() if mtp or not is_mtp(name, config)})
-        own = own_copies(tensors, config)
-        tensors = {name: tensor for name, tensor in tensors.items() if name in own or not is_copy(name, config)}
+        if mtp:
+            own = own_copies(tensors, config)
+            tensors = {name: tensor for name, tensor in tensors.items() if name in own or not is_copy(name, config)}
         check_memory(bytes_to_copy(tensors, device, dtype, dequantize), device, path)
         with torch.device("meta"):
-            model = DeepSeekV3(config)
-            model = add_mtp(model, own) if mtp else model
+            model = add_mtp(DeepSeekV3(config), own) if mtp else DeepSeekV3(config)
         fill(model, tensors, device, dtype, dequantize)
         return model.eval()
 

@@ -380,7 +380,7 @@ class Louder(torch.nn.Module):
 @pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.gate", "mlp.experts.7.up_proj"])
 def test_modules_of_others_are_called(name):
     model = rounded(small_model(n_group=1, topk_group=1, num_experts_per_tok=8))
-    layer, before = model.model.layers[1], None
+    layer = model.model.layers[1]
     parent, leaf = layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     setattr(parent, leaf, Louder(parent.get_submodule(leaf)) if leaf != "gate" else type("Other", (Gate,), {})(model.config).bfloat16())
     if leaf == "gate":
