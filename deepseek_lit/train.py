@@ -371,12 +371,15 @@ def read_run(file: Path) -> Run:
     Names: output (required), data, tokenizer, model (fields of config.json that differ from the bundled checkpoint's), train (fields of `TrainConfig`), every.
     """
     fields = read_settings(file)
-    known = {"output": str, "data": dict, "tokenizer": str, "model": dict, "train": dict, "every": int}
+    path, table = (str, "a path"), (dict, "a table of settings")
+    domains = (dict, 'domains such as {"letters": {"files": ["letters/*.txt"], "weight": 1}}')
+    known = {"output": path, "data": domains, "tokenizer": path, "model": table, "train": table, "every": (int, "a whole number")}
     for name, value in fields.items():
         if name not in known:
             raise InputError(f"{file}: {name} is unknown, expected one of {', '.join(known)}")
-        if not isinstance(value, known[name]):
-            raise InputError(f"{file}: {name} is a {type(value).__name__}, expected {known[name].__name__}")
+        kind, wanted = known[name]
+        if not isinstance(value, kind):
+            raise InputError(f"{file}: {name} is {value!r}, expected {wanted}")
     if "output" not in fields:
         raise InputError(f"{file}: output is missing, expected the directory for the checkpoint")
     every = fields.get("every", 100)

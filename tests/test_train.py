@@ -470,7 +470,7 @@ def test_the_command_goes_on_after_ctrl_c(settings, command, tmp_path, monkeypat
 
 @pytest.mark.parametrize("fields, sentence", [
     ({"outptu": "x"}, "outptu is unknown"),
-    ({"output": 3}, "output is a int, expected str"),
+    ({"output": 3}, "output is 3, expected a path"),
     ({"every": 0}, "every is 0"),
     ({"train": {"learning_rate": 1e-3}}, "train.learning_rate is unknown, expected one of steps"),
     ({"train": {"steps": "many"}}, "train.steps is 'many', expected a number"),
