@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip
 
 # In float32, so that every machine writes the same.
 demo: .venv/package
-	$(BIN)/deepseek-lit generate --prompt "def " --max-tokens 120 --temperature 0.6 --seed 4 --dtype float32
+	$(BIN)/deepseek-lit generate --prompt "def " --max-tokens 120 --temperature 0.6 --seed 2 --dtype float32 --dequantize
 
 lab: .venv/book
 	cd notebooks && ../$(BIN)/jupyter lab 00_index.ipynb
