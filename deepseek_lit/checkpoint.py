@@ -6,8 +6,8 @@ __all__ = ['DTYPES', 'INDEX', 'COPIES', 'MARKS', 'KINDS', 'read_header', 'Entry'
            'broken_promises', 'read_checkpoint', 'map_checkpoint', 'layer_of', 'is_mtp', 'is_copy', 'kind_of', 'spread',
            'allowed_dtypes', 'tensor_problems', 'check_tensors', 'missing', 'stray', 'add_up', 'compare',
            'local_directory', 'inspect_checkpoint', 'loaded_dtype', 'bytes_to_copy', 'free_bytes', 'check_memory',
-           'fill', 'own_copies', 'collector_paused', 'download', 'resolve', 'load_model', 'write_json', 'write_hollow',
-           'checkpoint_state', 'split_shards', 'save_model']
+           'stack_layers', 'fill', 'own_copies', 'collector_paused', 'download', 'resolve', 'opened_config',
+           'load_model', 'write_json', 'write_hollow', 'checkpoint_state', 'split_shards', 'save_model']
 
 # %% ../notebooks/12_checkpoint.ipynb #3178fdd4
 import contextlib
@@ -428,6 +428,13 @@ def check_memory(needed: int, device: torch.device, path: Path) -> None:
                          "or FP8 weights left as they are (no dequantize), or the dtype they are stored in")  # fmt: skip
 
 # %% ../notebooks/12_checkpoint.ipynb #0153cea0
+def stack_layers(model: DeepSeekV3) -> None:
+    """Lay the experts of every layer side by side where they fit, as the kernels of chapter 11 want them."""
+    for module in model.modules():
+        if isinstance(module, MoE) and stackable(module.experts):
+            module.stack()
+
+
 def fill(model: DeepSeekV3, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, dequantize_now: bool) -> None:
     """Replace the model's empty parameters by checkpoint tensors, converted as `load_model` says."""
     tied = "lm_head.weight" if model.config.tie_word_embeddings else None
@@ -445,9 +452,7 @@ def fill(model: DeepSeekV3, tensors: dict[str, torch.Tensor], device: torch.devi
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     if device.type != "cpu":
-        for module in model.modules():
-            if isinstance(module, MoE) and stackable(module.experts):
-                module.stack()
+        stack_layers(model)
 
 # %% ../notebooks/12_checkpoint.ipynb #59d207d6
 def own_copies(tensors: dict[str, torch.Tensor], config: ModelConfig) -> set[str]:
@@ -499,6 +504,12 @@ def resolve(path: str | Path | None) -> Path:
     raise InputError(f"{path} does not exist; expected a model directory or a hub id such as deepseek-ai/DeepSeek-V3")
 
 # %% ../notebooks/12_checkpoint.ipynb #e0c8802a
+def opened_config(path: Path, mtp: bool) -> ModelConfig:
+    """The config of a model directory. With `mtp` it speaks of an MTP layer even where the file does not: the tensors decide."""
+    config = ModelConfig.from_pretrained(path)
+    return dataclasses.replace(config, num_nextn_predict_layers=1) if mtp and not config.num_nextn_predict_layers else config
+
+# %% ../notebooks/12_checkpoint.ipynb #5c1e44eb
 def load_model(path: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, dequantize: bool = False,
                mtp: bool = False) -> DeepSeekV3:  # fmt: skip
     """Open a DeepSeek-V3 checkpoint in the Hugging Face layout.
@@ -513,9 +524,7 @@ def load_model(path: str | Path | None = None, device: torch.device | str = "cpu
     Raises: `InputError` naming the file, the tensor and what was expected, before any weight is read.
     """
     path, device = resolve(path), torch.device(device)
-    config = ModelConfig.from_pretrained(path)
-    if mtp and not config.num_nextn_predict_layers:  # the files decide
-        config = dataclasses.replace(config, num_nextn_predict_layers=1)
+    config = opened_config(path, mtp)
     dtype = dtype or getattr(torch, config.torch_dtype)
     with collector_paused():
         entries = read_checkpoint(path)

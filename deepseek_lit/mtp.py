@@ -14,7 +14,7 @@ from torch import nn
 from .config import ModelConfig
 from .fp8 import Linear
 from .mla import LatentCache, RMSNorm
-from .model import DeepSeekV3, Layer
+from .model import DeepSeekV3, Layer, empty_embedding
 
 # %% ../notebooks/07_mtp.ipynb #30accf19
 class SharedHead(nn.Module):
@@ -38,7 +38,7 @@ class MTPLayer(Layer):
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         own_embedding = f"model.layers.{layer}.embed_tokens.weight" in own
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False) if own_embedding else None
+        self.embed_tokens = empty_embedding(config.vocab_size, config.hidden_size) if own_embedding else None
         self.shared_head = SharedHead(config, f"model.layers.{layer}.shared_head.head.weight" in own)
 
     def forward(self, hidden_BSD, embedded_BSD, positions_BS, rope, cache=None, extent=None):

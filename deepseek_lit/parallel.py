@@ -33,13 +33,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 from deepseek_lit.checkpoint import (
-    Entry, check_memory, check_tensors, collector_paused, is_copy, is_mtp, layer_of, loaded_dtype, map_entries, own_copies, read_checkpoint, resolve,
+    Entry, check_memory, check_tensors, collector_paused, is_copy, is_mtp, layer_of, loaded_dtype, map_entries, opened_config, own_copies, read_checkpoint,
+    resolve, stack_layers,
 )  # fmt: skip
 from .config import BLOCK, WIDTH, InputError, ModelConfig, checkpoint_tensors, is_quantized, model_shapes
 from .fp8 import Linear, dequantize
 from .gate import Gate
-from .model import DeepSeekV3
-from .moe import MLP, MoE, run_experts, stackable
+from .model import DeepSeekV3, empty_embedding
+from .moe import MLP, MoE, run_experts
 from .mtp import MTPLayer, add_mtp
 
 # %% ../notebooks/15_parallel.ipynb #117bd10f
@@ -355,7 +356,7 @@ def rank_model(config: ModelConfig, layout: Layout, rank: int, own: Collection[s
             if config.n_shared_experts:
                 layer.mlp.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts // layout.tp)
     rows = config.vocab_size // layout.tp
-    model.model.embed_tokens = nn.Embedding.from_pretrained(torch.empty(rows, config.hidden_size)) if stage == 0 else None
+    model.model.embed_tokens = empty_embedding(rows, config.hidden_size) if stage == 0 else None
     model.lm_head = Linear(config.hidden_size, rows) if stage == layout.pp - 1 else None
     model.model.norm = model.model.norm if stage == layout.pp - 1 else None
     return model
@@ -411,9 +412,7 @@ def fill_rank(model: DeepSeekV3, wanted: list[Piece], entries: dict[str, Entry],
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     if device.type != "cpu":
-        for module in model.modules():
-            if isinstance(module, MoE) and stackable(module.experts):
-                module.stack()
+        stack_layers(model)
 
 # %% ../notebooks/15_parallel.ipynb #b1bf0eee
 class Link:
@@ -663,9 +662,7 @@ def load_rank(path: str | Path | None, layout: Layout | str, device: torch.devic
     """
     path, device = resolve(path), torch.device(device)
     layout = parse_layout(layout) if isinstance(layout, str) else layout
-    config = ModelConfig.from_pretrained(path)
-    if mtp and not config.num_nextn_predict_layers:  # the files decide
-        config = dataclasses.replace(config, num_nextn_predict_layers=1)
+    config = opened_config(path, mtp)
     dtype = dtype or getattr(torch, config.torch_dtype)
     check_layout(config, layout, fp8=config.fp8 and not dequantize)
     if mtp and layout.pp > 1:
