@@ -2,10 +2,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Model', 'Device', 'Dtype', 'Dequantize', 'MaxTokens', 'Temperature', 'TopP', 'TopK', 'MinP',
-           'RepetitionPenalty', 'Seed', 'SpeculativeTokens', 'Stop', 'root', 'find_device', 'open_llm', 'read_prompts',
-           'open_output', 'speed', 'acceptance', 'say', 'remark', 'answer_file', 'generate', 'reply', 'take_turn',
-           'chat', 'human', 'count', 'layer_lines', 'as_table', 'inspect', 'cast_command', 'train_command',
-           'plan_command', 'bench', 'out_of_memory', 'complain', 'main']
+           'RepetitionPenalty', 'Seed', 'LayoutWord', 'Timeout', 'Placement', 'ExpertMemory', 'SpeculativeTokens',
+           'Stop', 'Source', 'Target', 'Verify', 'MEMORY_RAN_OUT', 'root', 'find_device', 'open_llm', 'settle_layout',
+           'start', 'read_prompts', 'read_prompt', 'open_output', 'speed', 'acceptance', 'say', 'remark', 'answer_file',
+           'generate', 'reply', 'take_turn', 'ask', 'chat', 'human', 'count', 'layer_lines', 'as_table', 'inspect',
+           'carry_through', 'cast_command', 'convert_command', 'train_command', 'plan_command', 'bench', 'report_model',
+           'speed_table', 'out_of_memory', 'complain', 'main']
 
 # %% ../notebooks/17_cli.ipynb #570f75da
 import contextlib
@@ -13,9 +15,11 @@ import importlib
 import io
 import itertools
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -27,9 +31,14 @@ from tqdm import tqdm
 from . import bench as benchmark
 from . import plan as planning
 from .cast import cast
-from .checkpoint import inspect_checkpoint, local_directory
+from .checkpoint import inspect_checkpoint, local_directory, opened_config, resolve, write_json
 from .config import InputError, ModelConfig
+from .convert import convert
 from .generate import LLM, RequestOutput, SamplingParams
+from .mapped import estimate
+from .launch import Crew, aboard, find_place, fitting_layout, measure, open_group, own_device
+from .parallel import Layout, parse_layout
+from .plan import Work
 from .train import read_run, train_run
 
 # %% ../notebooks/17_cli.ipynb #73e309af
@@ -49,6 +58,10 @@ TopK = Annotated[int, typer.Option(help="Keep this many of the likeliest tokens;
 MinP = Annotated[float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages tokens that have occurred.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text.")]
+LayoutWord = Annotated[str | None, typer.Option("--layout", metavar="<str>", help="How torchrun's ranks share the model: tp8, pp2xtp8, tp16xep16, …; the best that fits when not given.")]
+Timeout = Annotated[float, typer.Option(min=1, help="Seconds that torchrun's other ranks have to appear.")]
+Placement = Annotated[str | None, typer.Option(metavar="<str>", help="mapped: run a model larger than memory from its files, on one machine (chapter 22).")]
+ExpertMemory = Annotated[float | None, typer.Option(min=0, help="With --placement mapped: GB on the device for copies of experts; on a GPU what is free when not given.")]
 SpeculativeTokens = Annotated[int, typer.Option(help="Guess so many tokens ahead with the MTP layer, up to 3: the same text in fewer steps.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="<str>", help="End the reply before this text; may be repeated.")]
 
@@ -76,14 +89,46 @@ def find_device(word: str) -> str:
     return device
 
 
-def open_llm(model: str | None, device: str, dtype: str | None, dequantize: bool, speculative_tokens: int, max_batch: int = 1) -> LLM:
-    """An `LLM` from command-line words."""
+def open_llm(crew: Crew, model: str | None, device: str, dtype: str | None, dequantize: bool, speculative_tokens: int, layout: str | None, max_batch: int = 1,
+             placement: str | None = None, expert_memory: float | None = None) -> LLM:  # fmt: skip
+    """An `LLM` from command-line words, shared by all of a crew."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
     if model is not None and Path(model).is_file():
         raise InputError(f"--model {model} is a file, expected the directory that holds config.json and the weights")
-    device = find_device(device)
-    return LLM(model, device, getattr(torch, dtype) if dtype else None, dequantize, max_batch, speculative_tokens=speculative_tokens)
+    device = find_device(own_device(crew, device))
+    layout = settle_layout(crew, model, device, dequantize, speculative_tokens, layout, max_batch)
+    memory = None if expert_memory is None else int(expert_memory * 1e9)
+    return LLM(model, device, getattr(torch, dtype) if dtype else None, dequantize, max_batch, speculative_tokens=speculative_tokens, layout=layout, placement=placement, expert_memory=memory)
+
+
+def settle_layout(crew: Crew, model: str | None, device: str, dequantize: bool, speculative_tokens: int, word: str | None, batch: int) -> Layout | None:
+    """The layout of a crew that has the same files everywhere and can add numbers; None for a process alone."""
+    layout = parse_layout(word) if word else None
+    if crew.alone:
+        if layout is not None and layout.ranks > 1:
+            raise InputError(f"--layout {layout} takes {layout.ranks} ranks and this is one process: start it with torchrun --nproc-per-node {layout.ranks} -m deepseek_lit")
+        return None
+    path = resolve(model)
+    crew.same_files(path)
+    config = opened_config(path, speculative_tokens > 0)
+    context = min(config.max_position_embeddings, 8192)
+    layout = layout or fitting_layout(crew, config, torch.device(device), Work(context, batch, dequantize=dequantize, mtp=speculative_tokens > 0))
+    open_group(crew, torch.device(device))
+    remark(f"{crew.place.world} ranks hold {path}, layout {layout}")
+    return layout
+
+# %% ../notebooks/17_cli.ipynb #227c2f7d
+@contextlib.contextmanager
+def start(seconds: float) -> Iterator[Crew]:
+    """The crew of this command; others have `seconds` to appear."""
+    with aboard(seconds) as crew:
+        try:
+            yield crew
+        except Exception as error:
+            if out_of_memory(error):
+                raise InputError(MEMORY_RAN_OUT) from error
+            raise
 
 # %% ../notebooks/17_cli.ipynb #7b933c52
 def read_prompts(file: Path) -> list[str] | list[list[int]]:
@@ -104,6 +149,13 @@ def read_prompts(file: Path) -> list[str] | list[list[int]]:
         raise InputError(f'{file} is not JSONL with a "prompt" in every line') from None
 
 # %% ../notebooks/17_cli.ipynb #0ca2ac97
+def read_prompt() -> str:
+    """The prompt on standard input."""
+    if sys.stdin.isatty():
+        remark("type the prompt and end it with Ctrl-D on a line of its own (--prompt gives it at once)")
+    return sys.stdin.read()
+
+
 @contextlib.contextmanager
 def open_output(file: Path | None) -> Iterator[TextIO]:
     """The stream that replies go to: a new file, or standard output for None. A file that stayed empty is removed again."""
@@ -175,6 +227,7 @@ def generate(
     model: Model = None, device: Device = "auto", dtype: Dtype = None, dequantize: Dequantize = False,
     max_tokens: MaxTokens = 128, temperature: Temperature = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None, speculative_tokens: SpeculativeTokens = 0,
+    layout: LayoutWord = None, timeout: Timeout = 60, placement: Placement = None, expert_memory: ExpertMemory = None,
 ) -> None:  # fmt: skip
     """Continue a prompt, or every prompt of a file."""
     if prompt is not None and prompts is not None:
@@ -182,12 +235,12 @@ def generate(
     if output is not None and prompts is None:
         raise InputError("--output goes with --prompts; a single reply goes to standard output")
     params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, seed=seed)
-    if prompt is None and prompts is None and sys.stdin.isatty():
-        remark("type the prompt and end it with Ctrl-D on a line of its own (--prompt gives it at once)")
-    texts = read_prompts(prompts) if prompts else [sys.stdin.read() if prompt is None else prompt]
-    with open_output(output) as stream:
-        llm = open_llm(model, device, dtype, dequantize, speculative_tokens, batch)
+    with start(timeout) as crew, open_output(output if crew.place.rank == 0 else None) as stream:
+        texts = crew.share(lambda: read_prompts(prompts) if prompts else [read_prompt() if prompt is None else prompt])
+        llm = open_llm(crew, model, device, dtype, dequantize, speculative_tokens, layout, batch, placement, expert_memory)
         ids = [llm.encode(text, index) for index, text in enumerate(texts)]
+        if placement is not None:
+            remark(str(estimate(llm.model, sum(map(len, ids[:batch])))))
         if prompts:
             answer_file(llm, texts, ids, params, stream)
         else:
@@ -209,10 +262,11 @@ def reply(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -> st
         [out] = llm.generate(llm.tokenizer.apply_chat_template(history), params, on_text=hear)
         print(flush=True)
         remark(speed(out) + (", the most that --max-tokens allows" if len(out.token_ids) == params.max_tokens else ""))
+        return out.text
     except KeyboardInterrupt:
         print(flush=True)
         remark("(stopped)")
-    return "".join(said)
+        return "".join(said)
 
 # %% ../notebooks/17_cli.ipynb #e762a940
 def take_turn(llm: LLM, history: list[dict[str, str]], line: str, params: SamplingParams) -> None:
@@ -227,40 +281,46 @@ def take_turn(llm: LLM, history: list[dict[str, str]], line: str, params: Sampli
         history += [turn, {"role": "assistant", "content": said}]
 
 # %% ../notebooks/17_cli.ipynb #85de22e2
+def ask(person: bool) -> str:
+    """The next line that somebody types or a pipe holds; at the end of it, "/exit"."""
+    while True:
+        try:
+            return input("> " if person else "").strip()
+        except EOFError:
+            say("\n" if person else "")
+            return "/exit"
+        except KeyboardInterrupt:
+            print("  (/exit ends the session)")
+
+# %% ../notebooks/17_cli.ipynb #dbaf7af0
 @app.command()
 def chat(
     model: Model = None, device: Device = "auto", dtype: Dtype = None, dequantize: Dequantize = False,
     max_tokens: MaxTokens = 512, temperature: Temperature = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None, speculative_tokens: SpeculativeTokens = 0,
+    layout: LayoutWord = None, timeout: Timeout = 60, placement: Placement = None, expert_memory: ExpertMemory = None,
 ) -> None:  # fmt: skip
     """Talk with a model. /clear forgets the conversation, /exit ends it, Ctrl-C stops a reply."""
     params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, seed=seed)
-    llm = open_llm(model, device, dtype, dequantize, speculative_tokens)
-    if llm.tokenizer is None:
-        raise InputError(f"{model} has no tokenizer.json, which chat needs")
-    llm.tokenizer.apply_chat_template([{"role": "user", "content": "Is there a template?"}])
-    person = sys.stdin.isatty() and sys.stdout.isatty()
-    if person:
-        with contextlib.suppress(ImportError):
-            importlib.import_module("readline")  # gives input() line editing and a history
-    history: list[dict[str, str]] = []
-    while True:
-        try:
-            line = input("> " if person else "").strip()
-        except EOFError:
-            say("\n" if person else "")
-            return
-        except KeyboardInterrupt:
-            print("  (/exit ends the session)")
-            continue
-        if line == "/exit":
-            return
-        if line == "/clear":
-            history.clear()
-        elif line.startswith("/"):
-            remark(f"{line} is no command; there are /clear and /exit")
-        elif line:
-            take_turn(llm, history, line, params)
+    with start(timeout) as crew:
+        llm = open_llm(crew, model, device, dtype, dequantize, speculative_tokens, layout, 1, placement, expert_memory)
+        if placement is not None:
+            remark(str(estimate(llm.model)))
+        if llm.tokenizer is None:
+            raise InputError(f"{model} has no tokenizer.json, which chat needs")
+        llm.tokenizer.apply_chat_template([{"role": "user", "content": "Is there a template?"}])
+        person = sys.stdin.isatty() and sys.stdout.isatty()
+        if person:
+            with contextlib.suppress(ImportError):
+                importlib.import_module("readline")  # gives input() line editing and a history
+        history: list[dict[str, str]] = []
+        while (line := crew.share(lambda: ask(person))) != "/exit":
+            if line == "/clear":
+                history.clear()
+            elif line.startswith("/"):
+                remark(f"{line} is no command; there are /clear and /exit")
+            elif line:
+                take_turn(llm, history, line, params)
 
 # %% ../notebooks/17_cli.ipynb #97916731
 def human(nbytes: float) -> str:
@@ -313,22 +373,37 @@ def inspect(
         raise InputError(f"{report['path']} has {count(len(report['problems']), 'problem')}; the first: {report['problems'][0]}")
 
 # %% ../notebooks/17_cli.ipynb #cf97db0d
-@app.command("cast")
-def cast_command(
-    path: Annotated[str, typer.Argument(help="Model directory to read.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write: a new one, or that of the same conversion when it was interrupted.")],
-    to: Annotated[str, typer.Option(help="bf16 or fp8.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Read everything again at the end and compare.")] = False,
-) -> None:
-    """Convert a checkpoint from FP8 to bfloat16 or back. The same command goes on where it was interrupted."""
+def carry_through(write: Callable[[], int], out: Path, verify: bool) -> None:
+    """Write a directory, and say how much it was and how long it took."""
     start = time.perf_counter()
     try:
-        written = cast(path, out, to, verify)
+        written = write()
     except KeyboardInterrupt:
         remark("stopped; the same command goes on from here")
         raise
     seconds = time.perf_counter() - start
     remark(f"wrote {human(written)} to {out} in {seconds:.1f} s ({human(written / seconds)}/s){', verified' if verify else ''}")
+
+# %% ../notebooks/17_cli.ipynb #92c2aed9
+Source = Annotated[str, typer.Argument(help="Model directory to read.")]
+Target = Annotated[Path, typer.Argument(help="Directory to write: a new one, or that of the same conversion when it was interrupted.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Read everything again at the end and compare.")]
+
+
+@app.command("cast")
+def cast_command(path: Source, out: Target, to: Annotated[str, typer.Option(help="bf16 or fp8.")], verify: Verify = False) -> None:
+    """Convert a checkpoint from FP8 to bfloat16 or back. The same command goes on where it was interrupted."""
+    carry_through(lambda: cast(path, out, to, verify), out, verify)
+
+
+@app.command("convert")
+def convert_command(
+    path: Source, out: Target,
+    layout: Annotated[str, typer.Option(help="Sizes such as tp8, pp2xtp8, tp16xep16, dp16xep16+32; see chapter 15.")],
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Store FP8 weights as bfloat16.")] = False, verify: Verify = False,
+) -> None:  # fmt: skip
+    """Write a file for each rank of a layout, for faster starts. The same command goes on where it was interrupted."""
+    carry_through(lambda: convert(path, out, layout, dequantize=dequantize, verify=verify), out, verify)
 
 # %% ../notebooks/17_cli.ipynb #ebe3f528
 @app.command("train")
@@ -358,14 +433,21 @@ def plan_command(
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     dequantize: Dequantize = False,
     mtp: Annotated[bool, typer.Option("--mtp", help="With the Multi-Token Prediction layer.")] = False,
+    host: Annotated[str, typer.Option(metavar="<str>", help="Name or address of node 0, for the commands.")] = "HOST",
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print only the batch script for sbatch.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, in bytes.")] = False,
 ) -> None:
-    """Say what a model needs on so many GPUs, whether it fits, and what would."""
+    """Say what a model needs on so many GPUs, whether it fits, how it is started, and if it does not fit what would."""
+    if slurm and as_json:
+        raise InputError("--slurm and --json were both given, expected one of them; the JSON holds the script too")
     config = ModelConfig() if model.lower() == "671b" else ModelConfig.from_pretrained(local_directory(model))
     if context > config.max_position_embeddings:
         raise InputError(f"--context is {context}, expected at most {config.max_position_embeddings} (max_position_embeddings)")
-    answer = planning.plan(config, layout, gpus, memory, context, batch, nodes, dequantize, mtp)
-    print(json.dumps(answer, indent=2) if as_json else planning.as_text(answer))
+    directory = "DeepSeek-V3" if model.lower() == "671b" else str(local_directory(model).absolute())
+    answer = planning.plan(config, layout, gpus, memory, context, batch, nodes, dequantize, mtp, model=directory, host=host)
+    if slurm and not answer["fits"]:
+        raise InputError(f"layout {answer['layout']} does not fit, so there is no script; expected {', or '.join(answer['instead'])}")
+    print(json.dumps(answer, indent=2) if as_json else answer["slurm"].rstrip() if slurm else planning.as_text(answer))
 
 # %% ../notebooks/17_cli.ipynb #4ee2836e
 @app.command()
@@ -376,9 +458,20 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Rounds behind every median.")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything measured to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the roofline: .png, .svg or .pdf; needs matplotlib.")] = None,
-) -> None:
-    """Measure what this machine can do, and how close to it the kernels come."""
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Measure this model as a whole instead of kernels.")] = None,
+    dtype: Dtype = None, dequantize: Dequantize = False, speculative_tokens: SpeculativeTokens = 0, layout: LayoutWord = None, timeout: Timeout = 60,
+    batch: Annotated[list[int] | None, typer.Option(metavar="<int>", help="With --model: prompts at once; may be repeated. 1 and 8 when not given.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="With --model: length of the prompts.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=2, help="With --model: length of the replies.")] = 64,
+) -> None:  # fmt: skip
+    """Measure what this machine can do, and how close to it the kernels come; or how fast a model reads and writes."""
     benchmark.check_outputs(json_file, plot)
+    if model is not None or layout is not None or find_place(os.environ) is not None:
+        with start(timeout) as crew:
+            llm = open_llm(crew, model, device, dtype, dequantize, speculative_tokens, layout, max(batch or [8]))
+            measured = [measure(llm, size, prompt_tokens, max_tokens, repeats) for size in batch or [1, 8]]
+            report_model(crew, llm, measured, json_file)
+        return
     with tqdm(unit=" kernels", bar_format="{n} {unit} {elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def hear(case: benchmark.Case) -> None:
@@ -396,7 +489,29 @@ def bench(
         first = wrong[0]
         raise InputError(f"{count(len(wrong), 'kernel')} of {len(report.rows)} could not be timed; the first: {first.name} {first.shape}: {first.problem}")
 
+# %% ../notebooks/17_cli.ipynb #e9b5ba2c
+def report_model(crew: Crew, llm: LLM, measured: list[dict], json_file: Path | None) -> None:
+    """Print what `measure` found, and write it to a file."""
+    print(speed_table(measured))
+    if json_file is not None and crew.place.rank == 0:
+        weight, team = llm.model.lm_head.weight, llm.model.team
+        device = benchmark.device_name(weight.device)
+        about = {"date": date.today().isoformat(), "device": device, "torch": torch.__version__, "dtype": str(weight.dtype)[6:], "ranks": crew.place.world}
+        write_json(json_file, about | {"layout": str(team.layout) if team else None, "measured": measured})
+
+
+def speed_table(measured: list[dict]) -> str:
+    """What `measure` found, for people."""
+    lines = [f"{'prompts':>7}{'read':>16}{'write':>16}{'a step':>12}{'sent by a rank':>22}"]
+    for row in measured:
+        sent = f"{human(sum(row['sent'].values()))} a token"
+        lines.append(f"{row['batch']:7}{row['read']:9.1f} tokens/s{row['write']:7.1f} tokens/s{1000 * row['step']:9.2f} ms{sent:>22}".replace(" tokens/s", " tok/s"))
+    return "\n".join(lines)
+
 # %% ../notebooks/17_cli.ipynb #debbbdd4
+MEMORY_RAN_OUT = "memory ran out; try --dtype bfloat16, a smaller --batch or --max-tokens, no --dequantize, or a machine with more of it"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error is the system's or the GPU's way of saying that memory has run out."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and "allocate memory" in str(error)
@@ -407,7 +522,7 @@ def complain(error: BaseException) -> int:
     if isinstance(error, InputError):
         sentence = " ".join(str(error).split())
     elif out_of_memory(error):
-        sentence = "memory ran out; try --dtype bfloat16, a smaller --batch or --max-tokens, no --dequantize, or a machine with more of it"
+        sentence = MEMORY_RAN_OUT
     else:
         raise error
     remark(f"deepseek-lit: {sentence}")

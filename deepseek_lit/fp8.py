@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['E4M3_MAX', 'to_e4m3', 'power_of_two_above', 'block_scale', 'block_view', 'quantize', 'to_half', 'dequantize',
-           'quantize_activations', 'scaled_product', 'on_gpu', 'linear', 'plain', 'Linear']
+           'quantize_activations', 'scaled_product', 'runs_triton', 'on_gpu', 'linear', 'plain', 'Linear']
 
 # %% ../notebooks/08_fp8.ipynb #b3796fc3
 import torch
@@ -96,9 +96,14 @@ def scaled_product(
     return y.to(dtype)
 
 # %% ../notebooks/08_fp8.ipynb #61bc5644
+def runs_triton(x: torch.Tensor) -> bool:
+    """Whether Triton kernels can read a tensor where it lies."""
+    return x.is_cuda
+
+
 def on_gpu(x: torch.Tensor) -> bool:
     """Whether the Triton kernels of chapters 09 to 11 do the work: bfloat16 on a CUDA GPU, nothing to differentiate."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    return runs_triton(x) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, scale_inv: torch.Tensor | None = None) -> torch.Tensor:
@@ -119,7 +124,7 @@ def plain(weight_OI: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype) 
     """`dequantize`, by a kernel where there is one: the same numbers."""
     if dtype == torch.bfloat16 and cpu.readable((weight_OI, scale_inv)) and cpu.kernels() is not None:
         return cpu.decode(weight_OI, scale_inv)
-    if dtype == torch.bfloat16 and weight_OI.is_cuda:
+    if dtype == torch.bfloat16 and runs_triton(weight_OI):
         from deepseek_lit.kernels import quant
 
         return quant.dequantize(weight_OI, scale_inv, dtype)

@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['read_prompts', 'prefill', 'decode', 'SamplingParams', 'as_tuple', 'check_params', 'is_whole', 'is_real',
            'keep_likely', 'penalize_repetition', 'sample', 'Sampler', 'ReplyText', 'RequestOutput', 'top_logprobs',
-           'Request', 'follow', 'read_on', 'encode_text', 'check_ids', 'run_batch', 'new_cache', 'stop_ids',
-           'params_for', 'check_sizes', 'LLM']
+           'Request', 'follow', 'read_on', 'encode_text', 'check_ids', 'Alone', 'audience_of', 'take_in', 'look_ahead',
+           'spare_cache', 'let_others_read', 'let_others_finish', 'run_batch', 'new_cache', 'stop_ids', 'params_for',
+           'check_sizes', 'new_request', 'answer', 'LLM']
 
 # %% ../notebooks/14_generate.ipynb #3696c338
 import dataclasses
@@ -17,9 +18,11 @@ import torch
 
 from .checkpoint import load_model, resolve
 from .config import InputError, ModelConfig
+from .graphs import read_step, recorder_for
 from .mla import LatentCache
 from .model import DeepSeekV3
 from .mtp import MOST_GUESSES, draft, look_further
+from .parallel import Layout, load_rank
 from .tokenizer import Tokenizer, read_json
 
 # %% ../notebooks/14_generate.ipynb #57f1f5ae
@@ -239,15 +242,17 @@ class Request:
 
     def advance(self, logits_W: torch.Tensor, seconds: float = 0.0) -> str:
         """Choose the next token from its logits and take it in; the new text that may be shown. `seconds` is the time since the start."""
-        out, token = self.output, self.sampler.choose(logits_W)
-        out.token_ids.append(token)
-        out.seconds, out.prefill_seconds = seconds, out.prefill_seconds or seconds
+        token, out = self.sampler.choose(logits_W), self.output
         if out.logprobs is not None:
             out.logprobs.append(top_logprobs(logits_W, token, self.sampler.params.logprobs))
-        if token in self.stop_ids:
-            out.finish_reason = "stop"
-        elif len(out.token_ids) >= self.limit:
-            out.finish_reason = "length"
+        return self.take(token, seconds)
+
+    def take(self, token: int, seconds: float = 0.0) -> str:
+        """Append a token that has been chosen, and see whether it is the last; the new text that may be shown."""
+        out = self.output
+        out.token_ids.append(token)
+        out.seconds, out.prefill_seconds = seconds, out.prefill_seconds or seconds
+        out.finish_reason = "stop" if token in self.stop_ids else "length" if len(out.token_ids) >= self.limit else None
         return "" if self.tokenizer is None else self.take_text(token)
 
     def take_text(self, token: int) -> str:
@@ -286,20 +291,18 @@ def follow(request: Request, logits_SW: torch.Tensor, guessed: list[int], second
 @torch.inference_mode()
 def read_on(model: DeepSeekV3, requests: list[Request], hidden_BSD: torch.Tensor, positions_BS: torch.Tensor, guesses: int,
             cache: LatentCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """One step: read the newest token of every request and up to `guesses` guessed ones after it. Returns their ids, positions and hidden states.
+    """One step: read the newest token of every request and `guesses` guessed ones after it. Returns their ids, positions and hidden states.
 
     `hidden_BSD` and `positions_BS` are those of the step before; what each request has chosen since are the tokens after them.
     """
     newest_B = torch.tensor([len(r.output.prompt_token_ids) + len(r.output.token_ids) - 1 for r in requests])
     ids_BS = torch.tensor([r.output.token_ids[-1:] for r in requests])
-    useful = max(r.limit - len(r.output.token_ids) - 1 for r in requests)
-    guesses = min(guesses, useful, model.config.max_position_embeddings - 1 - int(newest_B.max()))
     if guesses:
         chosen_B = newest_B - positions_BS[:, 0]
         next_ids = [r.output.token_ids[-n:] + [0] * (positions_BS.shape[1] - n) for r, n in zip(requests, chosen_B.tolist())]
         ids_BS = torch.cat([ids_BS, draft(model, hidden_BSD, torch.tensor(next_ids), positions_BS, chosen_B - 1, guesses, cache)], 1)
     positions_BS = newest_B[:, None] + torch.arange(guesses + 1)
-    return ids_BS, positions_BS, model.model(ids_BS.to(hidden_BSD.device), positions_BS.to(hidden_BSD.device), cache)
+    return ids_BS, positions_BS, read_step(model, ids_BS, positions_BS, cache)
 
 # %% ../notebooks/14_generate.ipynb #79f7e0b2
 def encode_text(prompt: str, index: int, tokenizer: Tokenizer | None) -> list[int]:
@@ -326,28 +329,101 @@ def check_ids(prompt: list[int], index: int, config: ModelConfig) -> list[int]:
         raise InputError(f"prompt {index} holds a token id outside 0 … {config.vocab_size - 1} (vocab_size)")
     return [int(token) for token in prompt]
 
+# %% ../notebooks/14_generate.ipynb #8ddd6f8d
+class Alone:
+    """The audience of a process that answers by itself; `parallel.Audience` is that of ranks which must agree."""
+
+    leads, count, number = True, 1, 0
+
+    def agree(self, chosen: list[list[int]], most: int) -> list[list[int]]:
+        """What has been chosen."""
+        return chosen
+
+    def largest(self, numbers: list[int]) -> list[int]:
+        """The numbers."""
+        return numbers
+
+    def gather(self, mine: dict) -> dict:
+        """What is known here."""
+        return mine
+
+
+def audience_of(model: DeepSeekV3):
+    """Whom the engine must agree with."""
+    return model.audience or Alone()
+
+# %% ../notebooks/14_generate.ipynb #3b566ada
+def take_in(audience, live: list[tuple[int, Request]], guesses_BS: torch.Tensor, logits_BSW: torch.Tensor, seconds: float, on_text: Callable[[int, str], None] | None) -> None:
+    """Let every request choose and take in its next tokens; the leader of an audience chooses for all of it."""
+    requests = [request for _, request in live]
+    known = [len(request.output.token_ids) for request in requests]
+    if audience.leads:
+        for (index, request), guessed, logits_SW in zip(live, guesses_BS.tolist(), logits_BSW.cpu()):
+            text = follow(request, logits_SW, guessed, seconds)
+            if on_text and text:
+                on_text(index, text)
+    chosen = audience.agree([request.output.token_ids[n:] for request, n in zip(requests, known)], guesses_BS.shape[1] + 1)
+    for request, tokens in zip(requests, chosen):
+        for token in [] if audience.leads else tokens:
+            request.take(token, seconds)
+
+# %% ../notebooks/14_generate.ipynb #0153563d
+def look_ahead(model: DeepSeekV3, requests: list[Request], guesses: int) -> int | None:
+    """How many tokens, up to `guesses`, to guess in the next step of these requests and of those that other rows of ranks have; None when there are none anywhere."""
+    useful = max((r.limit - len(r.output.token_ids) - 1 for r in requests), default=-1)
+    newest = max((len(r.output.prompt_token_ids) + len(r.output.token_ids) - 1 for r in requests), default=0)
+    useful, newest = audience_of(model).largest([useful, newest])
+    return min(guesses, useful, model.config.max_position_embeddings - 1 - newest) if useful >= 0 else None
+
+
+def spare_cache(model: DeepSeekV3, guesses: int) -> LatentCache:
+    """A cache for tokens of no meaning."""
+    weight = model.lm_head.weight
+    return LatentCache(model.config, 1, guesses + 1, weight.device, weight.dtype, min(guesses, 1))
+
+
+def let_others_read(model: DeepSeekV3, longest: int, chunk: int, guesses: int) -> None:
+    """Keep step with rows of ranks that have longer prompts to read than `longest`."""
+    chunks = -(-longest // chunk)
+    for _ in range(audience_of(model).largest([chunks])[0] - chunks):
+        read_prompts(model, [[0]], spare_cache(model, guesses), 1)
+
+
+@torch.inference_mode()
+def let_others_finish(model: DeepSeekV3, ahead: int | None, guesses: int) -> None:
+    """Keep step with rows of ranks that still write; `ahead` is what `look_ahead` said last."""
+    ids_BS = torch.zeros(1, guesses + 1, dtype=torch.int64, device=model.lm_head.weight.device)
+    positions_BS, last_B = torch.arange(guesses + 1, device=ids_BS.device)[None], torch.zeros(1, dtype=torch.int64)
+    while ahead is not None:
+        cache = spare_cache(model, guesses)
+        if ahead:
+            draft(model, model.lm_head.weight.new_zeros(1, 1, model.config.hidden_size), ids_BS[:, :1], positions_BS[:, :1], last_B, ahead, cache)
+        model.model(ids_BS[:, : ahead + 1], positions_BS[:, : ahead + 1], cache)
+        ahead = look_ahead(model, [], guesses)
+
 # %% ../notebooks/14_generate.ipynb #68483197
-def run_batch(model: DeepSeekV3, requests: list[Request], first: int, chunk: int, guesses: int, on_text: Callable[[int, str], None] | None) -> None:
-    """Answer all requests together, up to `guesses` tokens guessed in every step; the prompts are number `first` and on."""
+def run_batch(model: DeepSeekV3, requests: list[Request], first: int, chunk: int, guesses: int, on_text: Callable[[int, str], None] | None, graphs: bool = True) -> None:
+    """Answer all requests together, up to `guesses` tokens guessed in every step; the prompts are number `first` and on. With `graphs`, steps on a GPU are recorded."""
     start, live = time.perf_counter(), list(enumerate(requests, first))
     prompts = [request.output.prompt_token_ids for request in requests]
+    let_others_read(model, max(map(len, prompts)), chunk, guesses)
     cache = new_cache(model, requests, guesses)
+    cache.recorder = recorder_for(model) if graphs else None  # steps on a GPU are recorded once and replayed: chapter 14b
     hidden_BSD = read_prompts(model, prompts, cache, chunk)[:, None]
     ids_BS, positions_BS = torch.tensor([p[-1:] for p in prompts]), torch.tensor([[len(p) - 1] for p in prompts])
     while True:
         with torch.inference_mode():
-            logits_BSW = model.lm_head(hidden_BSD).float().cpu()
-        for (index, request), guessed, logits_SW in zip(live, ids_BS[:, 1:].tolist(), logits_BSW):
-            text = follow(request, logits_SW, guessed, time.perf_counter() - start)
-            if on_text and text:
-                on_text(index, text)
+            logits_BSW = model.lm_head(hidden_BSD).float()
+        take_in(audience_of(model), live, ids_BS[:, 1:], logits_BSW, time.perf_counter() - start, on_text)
         going = [row for row, (_, request) in enumerate(live) if request.output.finish_reason is None]
+        ahead = look_ahead(model, [live[row][1] for row in going], guesses)
         if not going:
-            return
+            break
         if len(going) < len(live):
             live, hidden_BSD, positions_BS = [live[row] for row in going], hidden_BSD[going], positions_BS[going]
             cache.keep(going)
-        ids_BS, positions_BS, hidden_BSD = read_on(model, [request for _, request in live], hidden_BSD, positions_BS, guesses, cache)
+        ids_BS, positions_BS, hidden_BSD = read_on(model, [request for _, request in live], hidden_BSD, positions_BS, ahead, cache)
+    let_others_finish(model, ahead, guesses)
 
 # %% ../notebooks/14_generate.ipynb #431e191f
 def new_cache(model: DeepSeekV3, requests: list[Request], guesses: int) -> LatentCache:
@@ -385,23 +461,51 @@ def check_sizes(max_batch: int, prefill_chunk: int, speculative_tokens: int) -> 
     if not is_whole(speculative_tokens, 0) or speculative_tokens > MOST_GUESSES:
         raise InputError(f"speculative_tokens is {speculative_tokens!r}, expected a whole number from 0 (off) to {MOST_GUESSES}")
 
+# %% ../notebooks/14_generate.ipynb #19afcdb8
+def new_request(llm: "LLM", prompt: list[int], params: SamplingParams) -> Request:
+    """A prompt of checked ids, ready to run."""
+    config = llm.model.config
+    return Request(prompt, params, llm.eos, llm.tokenizer, config.max_position_embeddings - len(prompt), config.vocab_size)
+
+
+def answer(llm: "LLM", requests: list[Request], on_text: Callable[[int, str], None] | None) -> list[RequestOutput]:
+    """Run all requests; who has none in a block runs one that nobody reads, to keep step with those that have."""
+    audience, outputs = audience_of(llm.model), {}
+    for first in range(0, len(requests), llm.max_batch * audience.count):
+        block = range(first, min(first + llm.max_batch * audience.count, len(requests)))
+        mine = block[-(-len(block) * audience.number // audience.count) : -(-len(block) * (audience.number + 1) // audience.count)]
+        share = [requests[i] for i in mine] or [new_request(llm, [0], SamplingParams(max_tokens=1, temperature=0))]
+        run_batch(llm.model, share, mine.start, llm.prefill_chunk, llm.speculative_tokens, on_text if mine else None, llm.graphs)
+        outputs |= {i: requests[i].output for i in mine}
+    outputs = audience.gather(outputs)
+    return [outputs[i] for i in range(len(requests))]
+
 # %% ../notebooks/14_generate.ipynb #c9e00e40
 class LLM:
     """A model and its tokenizer, ready to write.
 
     `path`, `device`, `dtype` and `dequantize` as in `load_model`; `max_batch` prompts share a forward pass, prompts are read `prefill_chunk`
     tokens at a time. With `speculative_tokens` the checkpoint's MTP layer guesses so many tokens ahead, up to 3: the same replies in fewer steps.
-    A directory without tokenizer.json takes and gives token ids only.
+    With a `layout` (chapter 15) the ranks of an initialised process group hold the model together: all of them make the same calls and get the same replies,
+    and groups of them that have requests of their own take `max_batch` each. A directory without tokenizer.json takes and gives token ids only.
+    On a GPU decode steps are recorded and replayed (chapter 14b) unless `graphs` is False. `placement` and `expert_memory` as in `load_model`, for one process.
     """
 
     def __init__(self, path: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-                 dequantize: bool = False, max_batch: int = 32, prefill_chunk: int = 512, speculative_tokens: int = 0):  # fmt: skip
+                 dequantize: bool = False, max_batch: int = 32, prefill_chunk: int = 512, speculative_tokens: int = 0, layout: Layout | str | None = None,
+                 graphs: bool = True, placement: str | None = None, expert_memory: int | None = None):  # fmt: skip
         check_sizes(max_batch, prefill_chunk, speculative_tokens)
-        directory = resolve(path)
-        self.model = load_model(directory, device, dtype, dequantize, mtp=speculative_tokens > 0)
+        if layout is not None and placement is not None:
+            raise InputError(f"placement={placement!r} is for one process and a layout for several, expected one of the two")
+        directory, mtp = resolve(path), speculative_tokens > 0
+        if layout is None:
+            self.model = load_model(directory, device, dtype, dequantize, mtp, placement, expert_memory)
+        else:
+            self.model = load_rank(directory, layout, device, dtype, dequantize, mtp=mtp)
         self.tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
         self.eos = stop_ids(directory, self.model.config.eos_token_id)
         self.max_batch, self.prefill_chunk, self.speculative_tokens = max_batch, prefill_chunk, speculative_tokens
+        self.graphs = graphs and placement is None  # which experts are read is decided on the way: nothing to replay
 
     def encode(self, prompt: str | list[int], index: int = 0) -> list[int]:
         """Checked token ids of prompt number `index`."""
@@ -412,7 +516,7 @@ class LLM:
         """Continue every prompt.
 
         `prompts` are a text, a list of texts, or a list of lists of token ids; `params` hold for all, or are a list with one for each.
-        `on_text` is called with (prompt index, new text) as the replies grow. Returns one `RequestOutput` per prompt, in order, and what each would get
+        `on_text` is called with (prompt index, new text) as the replies grow (of several ranks: on the one that chooses). Returns one `RequestOutput` per prompt, in order, and what each would get
         alone, up to the rounding of the dtype. Raises `InputError` for an empty prompt, one longer than the context, or text without a tokenizer, before
         anything is computed.
         """
@@ -420,8 +524,4 @@ class LLM:
         params = params_for(prompts, params)
         if self.tokenizer is None and any(p.stop for p in params):
             raise InputError("stop texts need a tokenizer.json, which this model directory does not have; use stop_token_ids")
-        ids, config = [self.encode(prompt, i) for i, prompt in enumerate(prompts)], self.model.config
-        requests = [Request(p, s, self.eos, self.tokenizer, config.max_position_embeddings - len(p), config.vocab_size) for p, s in zip(ids, params)]
-        for first in range(0, len(requests), self.max_batch):
-            run_batch(self.model, requests[first : first + self.max_batch], first, self.prefill_chunk, self.speculative_tokens, on_text)
-        return [request.output for request in requests]
+        return answer(self, [new_request(self, self.encode(prompt, i), p) for i, (prompt, p) in enumerate(zip(prompts, params))], on_text)

@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['FEW_QUERIES', 'RMSNorm', 'attend_naive', 'latent_probabilities', 'attend_absorbed', 'absorption_pays_below',
-           'LatentCache', 'causal_mask', 'attend_on_gpu', 'attend', 'MLA']
+           'LatentCache', 'causal_mask', 'steps_on_gpu', 'step_on_gpu', 'read_on_gpu', 'attend', 'MLA']
 
 # %% ../notebooks/03_mla.ipynb #01d06e20
+import copy
 import math
 from collections.abc import Callable
 
@@ -95,6 +96,7 @@ class LatentCache:
     """What attention remembers of every token: per layer the normed latent and the rotated key, each in the slot of its position.
 
     `further` layers come after the config's (chapter 07). `c_kv` is [layers, batch, slots, kv_lora_rank], `k_rope` [layers, batch, slots, qk_rope_head_dim]; on a GPU the slots come in whole pages of 64.
+    `rows_B`, int64 [batch], says which row each sequence has; None: the first the first, and so on. `recorder` replays decode steps on this memory (chapter 14b), None runs them.
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_tokens: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, further: int = 0):
@@ -102,20 +104,31 @@ class LatentCache:
         shape = (config.num_hidden_layers + further, batch, slots)
         self.c_kv = torch.zeros(*shape, config.kv_lora_rank, device=device, dtype=dtype)
         self.k_rope = torch.zeros(*shape, config.qk_rope_head_dim, device=device, dtype=dtype)
+        self.rows_B = self.recorder = None
 
     def write(self, layer: int, positions_BS: Tensor, c_kv_BSC: Tensor, k_rope_BSR: Tensor) -> None:
         """Store new tokens at their positions. What stood there is overwritten: that is all a rollback needs."""
-        rows = torch.arange(len(positions_BS), device=positions_BS.device)[:, None]
+        rows = torch.arange(len(positions_BS), device=positions_BS.device)[:, None] if self.rows_B is None else self.rows_B[:, None]
         self.c_kv[layer, rows, positions_BS] = c_kv_BSC
         self.k_rope[layer, rows, positions_BS] = k_rope_BSR
 
     def read(self, layer: int, extent: int | None = None) -> tuple[Tensor, Tensor]:
-        """c_kv [B, T, C] and k_rope [B, T, R] of the first `extent` slots (None: of all), as views."""
-        return self.c_kv[layer, :, :extent], self.k_rope[layer, :, :extent]
+        """c_kv [B, T, C] and k_rope [B, T, R] of the first `extent` slots (None: of all), as views where sequences have the rows in order."""
+        rows = slice(None) if self.rows_B is None else self.rows_B
+        return self.c_kv[layer, rows, :extent], self.k_rope[layer, rows, :extent]
+
+    def at_rows(self, rows_B: Tensor) -> "LatentCache":
+        """The same memory, for a batch whose sequences have these rows."""
+        there = copy.copy(self)
+        there.rows_B, there.recorder = rows_B, None
+        return there
 
     def keep(self, rows: list[int]) -> None:
-        """Forget all sequences of the batch but `rows`."""
-        self.c_kv, self.k_rope = self.c_kv[:, rows], self.k_rope[:, rows]
+        """Forget all sequences of the batch but `rows`. On a GPU the others keep their places: what is recorded there knows addresses."""
+        if self.recorder is None:
+            self.c_kv, self.k_rope = self.c_kv[:, rows], self.k_rope[:, rows]
+        else:
+            self.rows_B = (torch.arange(self.c_kv.shape[1], device=self.c_kv.device) if self.rows_B is None else self.rows_B)[rows]
 
 # %% ../notebooks/03_mla.ipynb #2a410c11
 def causal_mask(positions_BS: Tensor, cached: int) -> Tensor | None:
@@ -125,19 +138,29 @@ def causal_mask(positions_BS: Tensor, cached: int) -> Tensor | None:
     return torch.arange(cached, device=positions_BS.device) <= positions_BS[..., None]
 
 # %% ../notebooks/03_mla.ipynb #41911bdc
-def attend_on_gpu(q, latents, kv_b: Linear, positions_BS: Tensor, slots: list[Tensor], scale: float) -> Tensor:
-    """Attention by the kernels of chapter 10, [B, S, H, V]: a few tokens absorbed, straight from the `slots` of the cache; many in the plain form."""
+def steps_on_gpu(x: Tensor, tokens: int) -> bool:
+    """Whether so many tokens of each sequence are few enough for the decode kernel of chapter 10."""
+    return tokens <= 4 and fp8.on_gpu(x)
+
+
+def step_on_gpu(layer: "MLA", q: tuple[Tensor, Tensor], positions_BS: Tensor, cache: LatentCache) -> Tensor:
+    """Attention of a few tokens by the kernels of chapter 10, [B, S, H, V]: absorbed, straight from the slots of the cache. Nothing waits for the device."""
     from deepseek_lit.kernels import mla as kernels
 
-    (q_nope_BSHN, q_rope_BSHR), (c_kv_BTC, k_rope_BTR) = q, latents
-    (batch, tokens, heads, nope), device = q_nope_BSHN.shape, c_kv_BTC.device
-    if tokens <= 4:
-        w_HKC = kv_b.plain_weight(c_kv_BTC.dtype).unflatten(0, (heads, -1))
-        table = kernels.trivial_block_table(batch, slots[0].shape[1], device)[:, : -(-c_kv_BTC.shape[1] // kernels.PAGE)]  # what is cached, not what fits
-        lengths = (positions_BS[:, -1] + 1).int()
-        q_latent_BSHC = torch.einsum("bshn,hnc->bshc", q_nope_BSHN, w_HKC[:, :nope])
-        out_BSHC = kernels.decode_attention(q_latent_BSHC, q_rope_BSHR, *map(kernels.pages, slots), table, lengths, scale)
-        return torch.einsum("bshc,hvc->bshv", out_BSHC, w_HKC[:, nope:])
+    w_uk_HNC, w_uv_HVC = layer.key_value_weights(q[0].dtype)
+    c_kv, k_rope = cache.c_kv[layer.layer], cache.k_rope[layer.layer]
+    table, lengths = kernels.trivial_block_table(*c_kv.shape[:2], c_kv.device), (positions_BS[:, -1] + 1).int()
+    table = table if cache.rows_B is None else table[cache.rows_B]
+    q_latent_BSHC = torch.einsum("bshn,hnc->bshc", q[0], w_uk_HNC)
+    out_BSHC = kernels.decode_attention(q_latent_BSHC, q[1], kernels.pages(c_kv), kernels.pages(k_rope), table, lengths, layer.scale)
+    return torch.einsum("bshc,hvc->bshv", out_BSHC, w_uv_HVC)
+
+
+def read_on_gpu(q: tuple[Tensor, Tensor], latents: tuple[Tensor, Tensor], kv_b: Linear, scale: float) -> Tensor:
+    """Attention of many tokens by the kernels of chapter 10, [B, S, H, V], in the plain form; the tokens are the last of those cached."""
+    from deepseek_lit.kernels import mla as kernels
+
+    (heads, nope), (c_kv_BTC, k_rope_BTR) = q[0].shape[2:], latents
     kv_BTHK = kv_b(c_kv_BTC).unflatten(-1, (heads, -1))
     k_BTHK = torch.cat([kv_BTHK[..., :nope], k_rope_BTR[:, :, None].expand(-1, -1, heads, -1)], -1)
     return kernels.prefill_attention(torch.cat(q, -1), k_BTHK, kv_BTHK[..., nope:], scale)
@@ -150,7 +173,7 @@ def attend(layer: "MLA", q: tuple[Tensor, Tensor], latents: tuple[Tensor, Tensor
     """Attention in the form that costs least here, [B, S, H, V]; `latents` are those of the `cache` if there is one."""
     kv_b, scale, (tokens, cached) = layer.kv_b_proj, layer.scale, (positions_BS.shape[1], latents[0].shape[1])
     if cache is not None and fp8.on_gpu(q[0]):
-        return attend_on_gpu(q, latents, kv_b, positions_BS, [part[layer.layer] for part in (cache.c_kv, cache.k_rope)], scale)
+        return read_on_gpu(q, latents, kv_b, scale)
     if cache is not None and tokens <= FEW_QUERIES and cpu.serves(q[0], matrix := (kv_b.weight, kv_b.weight_scale_inv)):
         return cpu.attend(q, latents, matrix, positions_BS, scale)
     if tokens < absorption_pays_below(layer.config, cached):
@@ -188,5 +211,7 @@ class MLA(nn.Module):
         q, latents = self.queries(x_BSD, rope), self.latents(x_BSD, rope)
         if cache is not None:
             cache.write(self.layer, positions_BS, *latents)
+            if steps_on_gpu(x_BSD, x_BSD.shape[1]):
+                return self.o_proj(step_on_gpu(self, q, positions_BS, cache).flatten(2))
             latents = cache.read(self.layer, extent)
         return self.o_proj(attend(self, q, latents, positions_BS, cache).flatten(2))

@@ -13,7 +13,7 @@ from torch import nn
 from . import cpu
 from .config import ModelConfig
 from .fp8 import Linear
-from .mla import MLA, LatentCache, RMSNorm
+from .mla import MLA, LatentCache, RMSNorm, steps_on_gpu
 from .moe import MLP, MoE
 from .rope import rope_amplitude, rope_frequencies, rope_table
 
@@ -59,11 +59,12 @@ class Decoder(nn.Module):
         self.whole = None
 
     def place(self, input_ids: torch.Tensor, positions: torch.Tensor | None, cache: LatentCache | None) -> tuple:
-        """Where the tokens stand, as every layer wants to know it: positions, their rotations, the cache, and how much of it is in use."""
+        """Where the tokens stand, as every layer wants to know it: positions, their rotations, the cache, and how much of it is in use (None: that is for the GPU to know)."""
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         rope = rope_table(positions, frequencies_on(self.config, input_ids.device), rope_amplitude(self.config))
-        return positions, rope, cache, None if cache is None else int(positions.max()) + 1
+        unasked = cache is None or steps_on_gpu(self.layers[0].input_layernorm.weight, input_ids.shape[1])  # asking a GPU means waiting for it
+        return positions, rope, cache, None if unasked else int(positions.max()) + 1
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, cache: LatentCache | None = None) -> torch.Tensor:
         """Final hidden states [batch, seq, hidden]; see `DeepSeekV3.forward` for the arguments."""
@@ -84,6 +85,7 @@ class DeepSeekV3(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.team = self.audience = None  # who shares the model, and whom this process must agree with: chapter 15
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:

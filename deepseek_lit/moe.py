@@ -100,7 +100,7 @@ def run_experts(layer: "MoE", x_SD: torch.Tensor, weights_SK: torch.Tensor, expe
         from deepseek_lit.kernels import moe as kernels
 
         gate_up_EXD, down_EDF = layer.stacked
-        return kernels.experts(x_SD, weights_SK, experts_SK, *gate_up_EXD.chunk(2, 1), down_EDF, layer.scales)
+        return kernels.experts(x_SD, weights_SK, experts_SK, *gate_up_EXD.chunk(2, 1), down_EDF, layer.scales, len(layer.gate.weight))
     if layer.stacked and layer.scales is None:
         return experts_grouped(x_SD, weights_SK, experts_SK, *layer.stacked)
     if cpu.serves(x_SD) and (matrices := layer.matrices()) is not None:

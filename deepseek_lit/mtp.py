@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MOST_GUESSES', 'SharedHead', 'MTPLayer', 'add_mtp', 'mtp_depth', 'look_further', 'further_logits', 'mtp_losses',
-           'draft']
+           'guess_ahead', 'draft']
 
 # %% ../notebooks/07_mtp.ipynb #6269b74e
 from collections.abc import Collection
@@ -93,6 +93,20 @@ def mtp_losses(model: DeepSeekV3, hidden_BSD: torch.Tensor, inputs_BS: torch.Ten
 MOST_GUESSES = 3  # with the newest token four queries: what the decode kernel of chapter 10 takes at once
 
 
+def guess_ahead(model: DeepSeekV3, hidden_BSD: torch.Tensor, next_ids_BS: torch.Tensor, positions_BS: torch.Tensor, last_B: torch.Tensor, guesses: int,
+                cache: LatentCache) -> torch.Tensor:  # fmt: skip
+    """What `draft` does, with everything on one device: int64 [B, guesses] there."""
+    here = torch.arange(len(last_B), device=last_B.device), last_B
+    hidden_BSD = look_further(model, 0, hidden_BSD, next_ids_BS, positions_BS, cache)[here][:, None]
+    positions_BS = positions_BS[here][:, None]
+    ids_BS = [further_logits(model, 0, hidden_BSD).argmax(-1)]
+    for _ in range(guesses - 1):
+        positions_BS = positions_BS + 1
+        hidden_BSD = look_further(model, 0, hidden_BSD, ids_BS[-1], positions_BS, cache)
+        ids_BS.append(further_logits(model, 0, hidden_BSD).argmax(-1))
+    return torch.cat(ids_BS, 1)
+
+
 @torch.inference_mode()
 def draft(model: DeepSeekV3, hidden_BSD: torch.Tensor, next_ids_BS: torch.Tensor, positions_BS: torch.Tensor, last_B: torch.Tensor, guesses: int,
           cache: LatentCache) -> torch.Tensor:  # fmt: skip
@@ -101,12 +115,5 @@ def draft(model: DeepSeekV3, hidden_BSD: torch.Tensor, next_ids_BS: torch.Tensor
     `hidden_BSD`, `next_ids_BS` and `positions_BS` as in `look_further`: what the main model has read since the last draft. They are true up to
     index `last_B` of each row; what follows is overwritten by later drafts.
     """
-    device, rows = hidden_BSD.device, torch.arange(len(last_B))
-    hidden_BSD = look_further(model, 0, hidden_BSD, next_ids_BS.to(device), positions_BS.to(device), cache)[rows, last_B][:, None]
-    positions_BS = positions_BS[rows, last_B][:, None].to(device)
-    ids_BS = [further_logits(model, 0, hidden_BSD).argmax(-1)]
-    for _ in range(guesses - 1):
-        positions_BS = positions_BS + 1
-        hidden_BSD = look_further(model, 0, hidden_BSD, ids_BS[-1], positions_BS, cache)
-        ids_BS.append(further_logits(model, 0, hidden_BSD).argmax(-1))
-    return torch.cat(ids_BS, 1).cpu()
+    read = hidden_BSD, *(t.to(hidden_BSD.device) for t in (next_ids_BS, positions_BS, last_B))
+    return (guess_ahead(model, *read, guesses, cache) if cache.recorder is None else cache.recorder.guess(cache, *read, guesses)).cpu()

@@ -88,24 +88,26 @@ def gate_topk(
 
 # %% ../notebooks/11_kernels_moe.ipynb #07da3f2f
 @triton.jit
-def count_kernel(experts, counts, pairs, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
+def count_kernel(experts, counts, pairs, n_experts, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
     """One chunk of pairs: how many each expert has."""
     chunk = tl.program_id(0)
     p = chunk * BLOCK_P + tl.arange(0, BLOCK_P)
-    expert = tl.load(experts + p, mask=p < pairs, other=0).to(tl.int32)
-    tl.store(counts + chunk * BLOCK_E + tl.arange(0, BLOCK_E), tl.histogram(expert, BLOCK_E, mask=p < pairs))
+    expert = tl.load(experts + p, mask=p < pairs, other=-1).to(tl.int32)
+    here = (expert >= 0) & (expert < n_experts)
+    tl.store(counts + chunk * BLOCK_E + tl.arange(0, BLOCK_E), tl.histogram(tl.where(here, expert, 0), BLOCK_E, mask=here))
 
 # %% ../notebooks/11_kernels_moe.ipynb #44f1b154
 @triton.jit
-def place_kernel(experts, starts, order, place, pairs, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
-    """One chunk of pairs: each one's place in the sorted order."""
+def place_kernel(experts, starts, order, place, pairs, n_experts, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
+    """One chunk of pairs: each one's place in the sorted order, −1 for those whose expert is elsewhere."""
     chunk = tl.program_id(0)
     p = chunk * BLOCK_P + tl.arange(0, BLOCK_P)
     expert = tl.load(experts + p, mask=p < pairs, other=-1).to(tl.int32)
+    here = (expert >= 0) & (expert < n_experts)
     ahead = tl.sum(((expert[None, :] == expert[:, None]) & (p[None, :] < p[:, None])).to(tl.int32), 1)
-    at = tl.load(starts + chunk * BLOCK_E + expert, mask=p < pairs, other=0) + ahead
-    tl.store(place + p, at, mask=p < pairs)
-    tl.store(order + at, p, mask=p < pairs)
+    at = tl.load(starts + chunk * BLOCK_E + expert, mask=here, other=0) + ahead
+    tl.store(place + p, tl.where(here, at, -1), mask=p < pairs)
+    tl.store(order + at, p, mask=here)
 
 # %% ../notebooks/11_kernels_moe.ipynb #a910d2cf
 @triton.jit
@@ -139,7 +141,7 @@ class Plan:
     """Which row goes where: P = S·K pairs in the order of their experts, and the tiles that cover them. All int32, on the device."""
 
     order_P: torch.Tensor  # the pair at each place; pair p is choice p % K of token p // K
-    place_SK: torch.Tensor  # the place of each pair
+    place_SK: torch.Tensor  # the place of each pair; −1: its expert is elsewhere, and at the end of the order nobody stands
     ends_E: torch.Tensor  # where each expert's rows end
     tiles_T2: torch.Tensor  # expert and first row of each tile; expert −1: nothing to do
     rows_per_tile: int
@@ -151,7 +153,10 @@ def rows_per_tile(pairs: int, n_experts: int) -> int:
 
 # %% ../notebooks/11_kernels_moe.ipynb #3c1cf6a3
 def permute(experts_SK: torch.Tensor, n_experts: int, rows: int | None = None) -> Plan:
-    """Sort the pairs by expert (stable) and list the tiles of `rows` rows, by default as many as suit the batch; three launches, nothing read back."""
+    """Sort the pairs by expert (stable) and list the tiles of `rows` rows, by default as many as suit the batch; three launches, nothing read back.
+
+    An expert outside of 0 … `n_experts` − 1 is elsewhere: its pairs get no place.
+    """
     pairs, device = experts_SK.numel(), experts_SK.device
     rows = rows or rows_per_tile(pairs, n_experts)
     busy = min(pairs, n_experts)
@@ -162,10 +167,10 @@ def permute(experts_SK: torch.Tensor, n_experts: int, rows: int | None = None) -
     ends_E, tiles_T2 = (torch.empty(shape, dtype=torch.int32, device=device) for shape in (n_experts, (n_tiles, 2)))
     experts_SK = experts_SK.contiguous()
     if pairs:
-        count_kernel[(chunks,)](experts_SK, counts, pairs, BLOCK, width)
+        count_kernel[(chunks,)](experts_SK, counts, pairs, n_experts, BLOCK, width)
     plan_kernel[(1,)](counts, starts, ends_E, tiles_T2, chunks, n_experts, n_tiles, rows, width, 16, num_warps=8)
     if pairs:
-        place_kernel[(chunks,)](experts_SK, starts, order_P, place_SK, pairs, BLOCK, width)
+        place_kernel[(chunks,)](experts_SK, starts, order_P, place_SK, pairs, n_experts, BLOCK, width)
     return Plan(order_P, place_SK, ends_E, tiles_T2, rows)
 
 # %% ../notebooks/11_kernels_moe.ipynb #10103cfb
@@ -296,7 +301,7 @@ def unpermute_kernel(out, weights, place, tokens, D, TOP_K: tl.constexpr, BLOCK_
     acc = tl.zeros([BLOCK_D], tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(place + token * TOP_K + k).to(tl.int64)
-        acc += tl.load(weights + token * TOP_K + k) * tl.load(out + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        acc += tl.load(weights + token * TOP_K + k) * tl.load(out + row * D + d, mask=d < tl.where(row < 0, 0, D), other=0.0).to(tl.float32)
     tl.store(tokens + token * D + d, to_nearest(acc, tokens.dtype.element_ty), mask=d < D)
 
 # %% ../notebooks/11_kernels_moe.ipynb #50b9f0c1
@@ -311,18 +316,18 @@ def unpermute(out_PD: torch.Tensor, weights_SK: torch.Tensor, plan: Plan) -> tor
 # %% ../notebooks/11_kernels_moe.ipynb #dd3a5bbd
 def experts(
     x_SD: torch.Tensor, weights_SK: torch.Tensor, experts_SK: torch.Tensor, gate_EFD: torch.Tensor, up_EFD: torch.Tensor, down_EDF: torch.Tensor,
-    scales: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None, among: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The routed experts of a MoE layer: every token through its K experts, weighted and summed in float32, [S, D] → [S, D] in the type of `x_SD`.
 
     Stacked weights are plain, of the type of `x_SD`, or e4m3 with `scales` of gate, up and down, float32 [E, ceil(out/128), ceil(in/128)]; then the tokens
-    are quantised too where the device multiplies FP8. Nothing waits for the device.
+    are quantised too where the device multiplies FP8. If the tokens chose `among` more experts than are here, those with numbers outside of 0 … E − 1 add nothing. Nothing waits for the device.
     """
     gate_scale, up_scale, down_scale = scales or (None, None, None)
     eight_bit = scales is not None and multiplies_fp8(x_SD.device)
     if scales is not None and not eight_bit:
         announce_weight_only(x_SD.device)
-    plan = permute(experts_SK, len(down_EDF))
+    plan = permute(experts_SK, len(down_EDF), rows_per_tile(experts_SK.numel(), among or len(down_EDF)))
     x, x_scale = quantize_activations(x_SD) if eight_bit else (x_SD.contiguous(), None)
     h, h_scale = gated_product(x, gate_EFD, up_EFD, plan, x_scale, gate_scale, up_scale)
     out_PD = grouped_product(h, down_EDF, plan, h_scale, down_scale, x_SD.dtype)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_lit import bench, cpu
-from deepseek_lit.bench import Case, Ceilings, Choice, InputError, Row, Work
+from deepseek_lit import bench, cpu, fp8
+from deepseek_lit.bench import Case, Ceilings, Choice, InputError, Report, Row, Work
 from deepseek_lit.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -57,6 +57,32 @@ def gpu_cases() -> list[Case]:
         bench.experts_case(4, 16, False, DEVICE, SMALL, bench.gpu_experts),
         bench.experts_case(4, 16, True, DEVICE, SMALL, bench.gpu_experts, multiplies_fp8(DEVICE)),
     ]
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_recorded_layer_gives_what_is_expected(dense, monkeypatch):
+    """Under the interpreter with the tape in place of a CUDA graph; and what it must read is what its tensors weigh."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fp8, "runs_triton", lambda x: True)
+    monkeypatch.setattr(cpu, "serves", lambda x, *matrices: False)
+    monkeypatch.setattr(cpu, "readable", lambda matrix: False)
+    monkeypatch.setattr(bench, "IN_A_ROW", 1)
+    c = replace(SMALL, q_lora_rank=40, intermediate_size=136, n_shared_experts=1)
+    case = bench.layer_case(2, 64, dense, DEVICE, c)
+    assert off_by(case, DEVICE) < case.tolerance
+    choice = bench.choose(2, 2, 16, DEVICE)
+    layer = bench.random_layer(replace(c, first_k_dense_replace=int(dense)), choice, bench.generator(DEVICE, 0))
+    weighs = sum(p.nbytes for name, p in layer.named_parameters() if p.dim() == 2 and ".experts." not in name)
+    weighs += 0 if dense else len(choice.visits) * sum(p.nbytes for p in layer.mlp.experts[0].parameters())
+    assert case.bytes == weighs + 2 * (64 * 64 * 2 + 4 * 256)
+
+
+def test_all_layers_from_one_of_each_kind():
+    rows = [Row(f"decode layer, {kind}", f"8 × M 4, 4096 cached{more}", 1, 1, floor, "memory", 1, (1.0, seconds, 9.0), 0.0, {"one by one": 3.0}) for kind, more, seconds, floor in
+            (("dense", "", 0.008, 0.004), ("experts", ", 30 of 256", 0.016, 0.008))]  # fmt: skip
+    report = Report("cuda", "x", "2", None, "2026-01-01", 1, 5, CEILINGS, rows)
+    assert bench.whole_model(report) == ["a step of 61 layers at batch 4, extrapolated from one of each kind: 119 ms recorded, 357 ms one by one, the ceilings allow 59.5 ms"]
+    assert bench.whole_model(replace(report, rows=rows[:1])) == []
 
 
 def off_by(case: Case, device: torch.device) -> float:

@@ -277,7 +277,7 @@ def test_chat_in_a_terminal_with_ctrl_c(model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
     terminal, inside = pty.openpty()
-    own = "import os; os.open(os.ttyname(0), os.O_RDWR)"  # the first terminal that a session opens is the one that sends it Ctrl-C
+    own = "import os, signal; signal.signal(2, signal.default_int_handler); os.open(os.ttyname(0), os.O_RDWR)"  # a background job would ignore Ctrl-C; the first terminal that a session opens is the one that sends it Ctrl-C
     command = [sys.executable, "-c", f"{own}; from deepseek_lit.cli import main; main()", "chat", "-m", model, "--max-tokens", "90000", "--seed", "1", "--dtype", "float32"]
     with subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True) as process:
         os.close(inside)

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from deepseek_lit import InputError, LatentCache, ModelConfig, SamplingParams, load_model, save_model
 from deepseek_lit.checkpoint import map_checkpoint, read_checkpoint, write_hollow
 from deepseek_lit.config import checkpoint_tensors, tensor_bytes, tiny_config
+from deepseek_lit.convert import convert
 from deepseek_lit.fp8 import dequantize
 from deepseek_lit.gate import Gate
 from deepseek_lit.generate import Request, decode, prefill, run_batch
@@ -85,12 +86,12 @@ def worker(rank: int, folder: Path) -> None:
         with torch.inference_mode():
             model(BLOCK_IDS[rows])
         results[str(case)] = {"row": team.seat.row, "logits": logits, "tokens": tokens, "sent": dict(team.sent)}
-    for layout, guesses in TALKS:
-        model = load_rank(folder / "mtp", layout, dtype=torch.float32, mtp=guesses > 0)
-        results[layout, guesses] = talk(model, guesses)
+    for source, layout, guesses in TALKS:
+        model = load_rank(folder / source, layout, dtype=torch.float32, mtp=guesses > 0)
+        results[source, layout, guesses] = talk(model, guesses)
     placement = torch.load(folder / "placement.pt")
     for layout in PLACED:
-        model = load_rank(folder / "random", layout, placement=placement)
+        model = load_rank(folder / "random", layout, expert_placement=placement)
         results["placed", layout] = run(model, prompts(model.config.vocab_size)[rows_of(model.team.layout, model.team.seat.row)])
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
@@ -102,7 +103,7 @@ def rows_of(layout: Layout, row: int) -> slice:
 
 
 PLACED = ("tp2xep4+4", "dp4xep4+4")  # experts where EPLB puts them
-TALKS = (("pp2xtp2", 0), ("tp2", 2), ("tp2xep4", 1))
+TALKS = (("mtp", "pp2xtp2", 0), ("mtp", "tp2", 2), ("mtp", "tp2xep4", 1), ("converted", "tp2xep4", 1))
 
 
 def talk(model, guesses: int) -> list[list[int]]:
@@ -140,7 +141,7 @@ def folder(tmp_path_factory) -> Path:
     write_checkpoint(folder / "random", random_config(1, **SIZES), shards=3)
     write_checkpoint(folder / "other", random_config(5, **SIZES, q_lora_rank=None, num_experts_per_tok=4, tie_word_embeddings=True), seed=3)
     write_checkpoint(folder / "fp8", random_config(2, **FP8_SIZES), fp8=True, shards=4)
-    write_mtp(folder / "mtp")
+    convert(write_mtp(folder / "mtp"), folder / "converted", "tp2xep4")
     torch.save(recorded_placement(folder / "random"), folder / "placement.pt")
     mp.spawn(worker, (folder,), nprocs=4)
     return folder
@@ -185,13 +186,13 @@ def test_placed_experts_say_the_same(layout, ranks, alone, folder):
         assert torch.equal(rank["placed", layout][1], tokens[rows])
 
 
-@pytest.mark.parametrize("layout, guesses", TALKS)
-def test_the_engine_writes_the_same(layout, guesses, ranks, folder):
-    """Prompts of several lengths, replies that end one after the other, tokens guessed by the MTP layer: what one process writes without guessing."""
+@pytest.mark.parametrize("source, layout, guesses", TALKS)
+def test_the_engine_writes_the_same(source, layout, guesses, ranks, folder):
+    """Prompts of several lengths, replies that end one after the other, tokens guessed by the MTP layer, slices or files of the ranks' own: what one process writes without guessing."""
     alone = talk(load_model(folder / "mtp", dtype=torch.float32), 0)
     assert [len(reply) for reply in alone] == [4, 6, 8, 10]
     for rank in ranks:
-        assert rank[layout, guesses] == alone
+        assert rank[source, layout, guesses] == alone
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
