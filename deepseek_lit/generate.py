@@ -5,7 +5,7 @@ __all__ = ['read_prompts', 'prefill', 'decode', 'SamplingParams', 'as_tuple', 'c
            'keep_likely', 'penalize_repetition', 'sample', 'Sampler', 'ReplyText', 'RequestOutput', 'top_logprobs',
            'Request', 'follow', 'read_on', 'encode_text', 'check_ids', 'Alone', 'audience_of', 'take_in', 'look_ahead',
            'spare_cache', 'let_others_read', 'let_others_finish', 'run_batch', 'new_cache', 'stop_ids', 'params_for',
-           'check_sizes', 'new_request', 'answer', 'LLM']
+           'check_sizes', 'new_request', 'answer', 'open_model', 'LLM']
 
 # %% ../notebooks/14_generate.ipynb #3696c338
 import dataclasses
@@ -480,6 +480,16 @@ def answer(llm: "LLM", requests: list[Request], on_text: Callable[[int, str], No
     outputs = audience.gather(outputs)
     return [outputs[i] for i in range(len(requests))]
 
+# %% ../notebooks/14_generate.ipynb #2e463b25
+def open_model(path: Path, device: torch.device | str, dtype: torch.dtype | None, dequantize: bool, mtp: bool, layout: Layout | str | None,
+               placement: str | None, expert_memory: int | None) -> DeepSeekV3:  # fmt: skip
+    """`load_rank` where there is a layout, `load_model` otherwise."""
+    if layout is None:
+        return load_model(path, device, dtype, dequantize, mtp, placement, expert_memory)
+    if placement is not None:
+        raise InputError(f"placement={placement!r} is for one process and a layout for several, expected one of the two")
+    return load_rank(path, layout, device, dtype, dequantize, mtp=mtp)
+
 # %% ../notebooks/14_generate.ipynb #c9e00e40
 class LLM:
     """A model and its tokenizer, ready to write.
@@ -495,13 +505,8 @@ class LLM:
                  dequantize: bool = False, max_batch: int = 32, prefill_chunk: int = 512, speculative_tokens: int = 0, layout: Layout | str | None = None,
                  graphs: bool = True, placement: str | None = None, expert_memory: int | None = None):  # fmt: skip
         check_sizes(max_batch, prefill_chunk, speculative_tokens)
-        if layout is not None and placement is not None:
-            raise InputError(f"placement={placement!r} is for one process and a layout for several, expected one of the two")
-        directory, mtp = resolve(path), speculative_tokens > 0
-        if layout is None:
-            self.model = load_model(directory, device, dtype, dequantize, mtp, placement, expert_memory)
-        else:
-            self.model = load_rank(directory, layout, device, dtype, dequantize, mtp=mtp)
+        directory = resolve(path)
+        self.model = open_model(directory, device, dtype, dequantize, speculative_tokens > 0, layout, placement, expert_memory)
         self.tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
         self.eos = stop_ids(directory, self.model.config.eos_token_id)
         self.max_batch, self.prefill_chunk, self.speculative_tokens = max_batch, prefill_chunk, speculative_tokens

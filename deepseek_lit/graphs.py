@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ASKS', 'kernel_launches', 'imaginary_gpu', 'waits', 'NoWaiting', 'Tape', 'record_tape', 'record_graph',
-           'padded_batch', 'with_twins', 'Recording', 'Recorder', 'recorder_for', 'read_step']
+           'padded_batch', 'with_twins', 'Recording', 'Recorder', 'recordable', 'recorder_for', 'read_step']
 
 # %% ../notebooks/14b_graphs.ipynb #7ca13b1a
 import contextlib
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import fp8
+from . import cpu, fp8
 from .mla import LatentCache
 from .model import DeepSeekV3
 from .mtp import guess_ahead
@@ -178,17 +178,14 @@ class Recorder:
         filled = [with_twins(x, key[0]) for x in (rows_B, *inputs)]
         if key in self.recordings:
             return self.recordings[key](filled)[:batch]
+        sent = Counter() if self.model.team is None else self.model.team.sent
         if self.record is not None:
             try:
-                self.recordings[key] = Recording(lambda rows, *inputs: function(cache.at_rows(rows), *inputs), filled, device, self.record, self.sent())
+                self.recordings[key] = Recording(lambda rows_B, *inputs: function(cache.at_rows(rows_B), *inputs), filled, device, self.record, sent)
                 return self.recordings[key].result[:batch]
             except RuntimeError as error:
                 self.give_up(error)
         return function(cache, *(x.to(device) for x in inputs))
-
-    def sent(self) -> Counter:
-        """Where messages are counted."""
-        return Counter() if self.model.team is None else self.model.team.sent
 
     def give_up(self, error: RuntimeError) -> None:
         """Run all further shapes plainly, and say so; an error where other ranks go on recording."""
@@ -198,11 +195,19 @@ class Recorder:
         self.record = None
 
 # %% ../notebooks/14b_graphs.ipynb #57fe31b0
-def recorder_for(model: DeepSeekV3) -> Recorder | None:
-    """A recorder where steps can be recorded: bfloat16 on a CUDA GPU, and in a team where all ranks read the same tokens. None elsewhere."""
-    same = model.team is None or model.team.layout.dp == 1
+def recordable(model: DeepSeekV3) -> bool:
+    """Whether steps can be recorded: in bfloat16 on a GPU, in a team only where all ranks read the same tokens, and where nobody listens whose hook a replay would not call."""
+    if model.team is None:
+        heard = any(map(cpu.listened_to, model.modules()))
+    else:  # its own messages are forward hooks, too
+        heard = model.team.layout.dp > 1 or any(module._forward_pre_hooks for module in model.modules())
     with torch.no_grad():
-        return Recorder(model, functools.partial(record_graph, torch.cuda.graph_pool_handle())) if same and fp8.on_gpu(model.lm_head.weight) else None
+        return fp8.on_gpu(model.lm_head.weight) and not heard
+
+
+def recorder_for(model: DeepSeekV3) -> Recorder | None:
+    """A recorder of CUDA graphs for a model that is `recordable`, None for others."""
+    return Recorder(model, functools.partial(record_graph, torch.cuda.graph_pool_handle())) if recordable(model) else None
 
 
 def read_step(model: DeepSeekV3, ids_BS: Tensor, positions_BS: Tensor, cache: LatentCache) -> Tensor:

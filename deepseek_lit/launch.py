@@ -106,7 +106,7 @@ def files_of(path: Path) -> dict[str, str]:
     """The files of a model directory: sizes, and a digest of those that are small and of the headers of the shards. Reads some megabytes."""
     found = {}
     for file in sorted(path.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".jinja"):
+        if file.suffix in (".safetensors", ".json", ".jinja") and not file.name.startswith("rank-"):  # of a rank's own file (15c), ranks.json tells enough
             with file.open("rb") as stream:
                 start = stream.read(8)
                 length = int.from_bytes(start, "little") if file.suffix == ".safetensors" else file.stat().st_size
@@ -237,7 +237,7 @@ class Watch(threading.Thread):
         os._exit(code)
 
 # %% ../notebooks/15d_launch.ipynb #126a8309
-A_LONG_TIME = 10 * 24 * 3600.0  # seconds: as long as a person may think before the next line; meanwhile the watch watches
+A_LONG_TIME = 10 * 24 * 3600.0  # seconds
 
 
 class Crew:
@@ -279,16 +279,19 @@ def open_group(crew: Crew, device: torch.device) -> None:
     backend, name = ("cpu:gloo,cuda:nccl", "NCCL") if device.type == "cuda" else ("gloo", "GLOO")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    crew.watch.lookout.limit = time.monotonic() + crew.seconds, (
-        f"the ranks could not add one number each within {crew.seconds:.0f} s; see that {name}_SOCKET_IFNAME names the network interface between the nodes (ip -br addr lists them)"
-    )
-    dist.init_process_group(backend, store=dist.PrefixStore("group", crew.board), rank=crew.place.rank, world_size=crew.place.world, timeout=timedelta(seconds=A_LONG_TIME))
-    ones = torch.ones((), device=device)
-    dist.all_reduce(ones)
-    total = int(ones)
+    problem = f"the ranks could not add one number each; see that {name}_SOCKET_IFNAME names the network interface between the nodes (ip -br addr lists them)"
+    crew.watch.lookout.limit = time.monotonic() + crew.seconds, problem
+    try:
+        dist.init_process_group(backend, store=dist.PrefixStore("group", crew.board), rank=crew.place.rank, world_size=crew.place.world, timeout=timedelta(seconds=A_LONG_TIME))
+        ones = torch.ones((), device=device)
+        dist.all_reduce(ones)
+        total = int(ones)
+    except RuntimeError as error:
+        time.sleep(2 * BEAT)  # if a rank has died, the watch knows
+        raise InputError(f"{problem}: {str(error).splitlines()[0]}") from error
     crew.watch.lookout.limit = None
     if total != crew.place.world:
-        raise InputError(f"a sum of ones over {crew.place.world} ranks gave {total}: the network between the GPUs is broken")
+        raise InputError(f"a sum of ones over {crew.place.world} ranks gave {total}: the network between them is broken")
 
 # %% ../notebooks/15d_launch.ipynb #b12247ec
 def give_up(crew: Crew, error: Exception) -> NoReturn:
@@ -315,7 +318,7 @@ def leave(crew: Crew) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
-
+# %% ../notebooks/15d_launch.ipynb #2eb99172
 def muster(seconds: float) -> Crew:
     """The crew of this process: all are there, and the watch is on. Raises `InputError` naming who is missing after `seconds`."""
     place = find_place(os.environ)

@@ -424,7 +424,7 @@ def copy_piece(piece: Piece, entry: Entry, scale_inv: torch.Tensor | None, kept:
     for first, last in runs(piece, entry):
         place, top = out[first - rows.start : last - rows.start], first // BLOCK
         if scale_inv is None:
-            place.copy_(cut(read_rows(entry, first, last, buffer), (slice(None), *columns)))
+            place.copy_(read_rows(entry, first, last, buffer)[(slice(None), *columns)])
         else:
             whole = read_rows(entry, top * BLOCK, last, buffer)
             blocks = scale_inv[top - rows.start // BLOCK : -(-last // BLOCK) - rows.start // BLOCK]
@@ -555,7 +555,7 @@ def all_gather(link: Link, x: torch.Tensor, purpose: str, dim: int = -1) -> torc
 def reduce_scatter(link: Link, x: torch.Tensor, purpose: str) -> torch.Tensor:
     """This rank's share of the rows of everyone's `x`, summed: the first of equal shares is that of rank 0."""
     share = x.new_empty(len(x) // link.size, *x.shape[1:])
-    dist.reduce_scatter_tensor(share, x.contiguous(), group=link.group)
+    dist.reduce_scatter(share, list(x.contiguous().chunk(link.size)), group=link.group)
     link.sent[purpose] += (link.size - 1) * share.nbytes
     return share
 

@@ -31,7 +31,7 @@ from bench_cast import forget, write_random
 
 import deepseek_lit as dl
 from deepseek_lit import mapped
-from deepseek_lit.checkpoint import is_mtp, kind_of, read_checkpoint, write_hollow
+from deepseek_lit.checkpoint import Entry, is_mtp, kind_of, read_checkpoint, write_hollow
 from deepseek_lit.config import ModelConfig
 from deepseek_lit.mla import LatentCache
 from deepseek_lit.mtp import further_logits, look_further
@@ -77,47 +77,67 @@ def read_speed() -> float:
 # ways
 
 
+class Way:
+    """A file mapped for reading in several ways."""
+
+    def __init__(self, file: Path):
+        self.file, self.size = file, file.stat().st_size
+        self.view = torch.frombuffer(mmap.mmap(os.open(file, os.O_RDONLY), 0, access=mmap.ACCESS_COPY), dtype=torch.int64)
+        self.pages, step = mapped.Pages({file: self.view.data_ptr()}), 44 * 2**20  # an expert of the release
+        self.whole, self.experts = mapped.Span(file, 0, self.size), [mapped.Span(file, first, min(first + step, self.size)) for first in range(0, self.size, step)]
+
+    def forget(self, advice: int = mmap.MADV_RANDOM) -> None:
+        mapped.drop(self.pages, [self.whole])
+        self.pages.advise(self.whole, advice)
+
+    def touch(self, share: int = 1) -> None:
+        self.view[: self.size // share // 8 : 512].sum()
+
+    def read(self, ask) -> None:
+        for future in [future for span in self.experts for future in ask(span)]:
+            future.result()
+        self.touch()
+
+    def all(self) -> dict[str, tuple[float, float]]:
+        """GB/s and processor seconds per GB of each way to have the file in this process."""
+        plans = {
+            "faults of 4 KiB": (mmap.MADV_RANDOM, lambda: self.touch(16), 16),
+            "faults with the kernel's read-ahead": (mmap.MADV_NORMAL, self.touch, 1),
+            "small pages announced, then used": (mmap.MADV_RANDOM, lambda: self.read(lambda span: [self.pages.pool.submit(mapped.announce, self.pages, span)]), 1),
+            "large pages populated, edges announced": (mmap.MADV_RANDOM, lambda: self.read(lambda span: mapped.ask_for(self.pages, span)), 1),
+        }
+        rows = {}
+        for name, (advice, work, share) in plans.items():
+            self.forget(advice)
+            cpu = time.process_time()
+            rows[name] = self.size / share / timed(work) / 1e9, (time.process_time() - cpu) / self.size * share * 1e9
+        return rows
+
+
 def ways(folder: Path, gigabytes: float) -> dict:
-    """GB/s of several ways to have a cold file in this process's memory, and how much of it one wish for the whole brings."""
-    file, size = folder / "ways.safetensors", int(gigabytes * 2**30)
+    """Speed of several ways to have a cold file in memory, their processor time on a hollow one (so that no disk takes part), and what one wish for a whole file brings."""
+    file, hollow, size = folder / "ways", folder / "hollow", int(gigabytes * 2**30)
     with file.open("wb") as stream:
         block = random.Random(0).randbytes(2**26)
         for _ in range(size // 2**26):
             stream.write(block)
         os.fsync(stream.fileno())
-    view = torch.frombuffer(mmap.mmap(os.open(file, os.O_RDONLY), 0, access=mmap.ACCESS_COPY), dtype=torch.int64)
-    pages, step = mapped.Pages({file: view.data_ptr()}), 44 * 2**20
-    whole, pieces = mapped.Span(file, 0, size), [mapped.Span(file, first, min(first + step, size)) for first in range(0, size, step)]
-
-    def cold(advice: int = mmap.MADV_RANDOM) -> None:
-        mapped.release(pages, [whole])
-        forget(folder)
-        pages.advise(whole, advice)
-
-    def touch(end: int = size) -> None:
-        view[: end // 8 : 512].sum()
-
-    def wishes() -> None:
-        for future in [pages.pool.submit(mapped.announce, pages, span) for span in pieces]:
-            future.result()
-        touch()
-
-    rows = []
-    for _ in range(3):
-        row = {"past the page cache": mapped.disk_speed([file], 2.0)}
-        cold()
-        row["faults of 4 KiB"] = size / 16 / timed(lambda: touch(size // 16))
-        cold(mmap.MADV_NORMAL)
-        row["faults with the kernel's read-ahead"] = size / timed(touch)
-        cold()
-        row["many small wishes, then use"] = size / timed(wishes)
-        rows.append(row)
-    cold()
-    os.posix_fadvise(pages.files[file], 0, size, os.POSIX_FADV_WILLNEED)
+    with hollow.open("wb") as stream:
+        stream.truncate(size)
+    true, empty = Way(file), Way(hollow)
+    rows, spent = [], []
+    for _ in range(5):
+        rows.append({name: speed for name, (speed, _) in true.all().items()} | {"past the page cache": mapped.disk_speed([file], 1.0) / 1e9})
+        true.forget()
+        spent.append({name: cpu for name, (_, cpu) in empty.all().items()})
+        empty.forget()
+    os.posix_fadvise(true.pages.files[file], 0, size, os.POSIX_FADV_WILLNEED)
     time.sleep(2)  # longer than reading it all would take
-    brought = sum(sum(mapped.cached_pages(pages, span)) for span in pieces) * mapped.PAGE
-    read_ahead = int(Path(f"/sys/class/bdi/{os.major(file.stat().st_dev)}:{os.minor(file.stat().st_dev)}/read_ahead_kb").read_text())
-    return {"GB": size / 1e9, "GB_per_s": {name: statistics.median(row[name] for row in rows) / 1e9 for name in rows[0]}, "one_wish_MB": brought / 1e6, "read_ahead_MB": read_ahead / 1e3}
+    brought = sum(sum(mapped.cached_pages(true.pages, span)) for span in true.experts) * mapped.PAGE
+    device = file.stat().st_dev
+    read_ahead = int(Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text())
+    medians = {key: {name: statistics.median(row[name] for row in found) for name in found[0]} for key, found in (("GB_per_s", rows), ("cpu_s_per_GB", spent))}
+    return {"GB": size / 1e9, "one_wish_MB": brought / 1e6, "read_ahead_MB": read_ahead / 1e3, **medians}
 
 
 # layer
@@ -176,9 +196,8 @@ def one_layer(folder: Path, tokens: int) -> dict:
                 with file.open("rb") as stream:
                     while stream.read(2**24):
                         pass
-            cached = mapped.share_cached(keeper, list(keeper.sizes))
         if 0 < number <= cold:
-            disk.append(mapped.disk_speed(files, 0.3) / 1e9)
+            disk.append(mapped.disk_speed(files, 1.0) / 1e9)
         for name, clock in clocks.items():
             if number <= cold:
                 for each in clocks.values():
@@ -192,21 +211,17 @@ def one_layer(folder: Path, tokens: int) -> dict:
     clocks["mapped"].position = 1 + cold
     fits = [clocks["mapped"].feed(token) for token in ids[1 + cold :]]
     runs["mapped, warm, all of it fits"] = fits[1:]
-    return {"GB": sum(keeper.sizes.values()) / 1e9, "touched_GB": touched / 1e9, "cached_before_warm": cached, "GB_per_s": speeds | {"disk": statistics.median(disk)},
+    return {"GB": sum(keeper.sizes.values()) / 1e9, "touched_GB": touched / 1e9, "GB_per_s": speeds | {"disk": statistics.median(disk)},
             "disk_GB_per_s": disk, "seconds": {name: [row[0] for row in rows] for name, rows in runs.items()}, "read_GB": {name: [row[1] for row in rows] for name, rows in runs.items()}}  # fmt: skip
 
 
 # token
 
 
-def in_cache(keeper: mapped.Keeper, entries: dict) -> int:
-    """Bytes of some tensors that the page cache holds. A page belongs to the tensor that begins or goes on in it at its first byte."""
-    total = 0
-    for entry in entries.values():
-        first, end = -(-entry.first // mapped.PAGE) * mapped.PAGE, entry.first + entry.nbytes
-        if end > first:
-            total += sum(mapped.cached_pages(keeper.pages, mapped.Span(entry.file, first, end))) * mapped.PAGE
-    return total
+def in_cache(keeper: mapped.Keeper, entry: Entry) -> int:
+    """Bytes of a tensor that the page cache holds; of the pages at its edges, which it shares, nothing is said."""
+    first, end = -(-entry.first // mapped.PAGE) * mapped.PAGE, (entry.first + entry.nbytes) // mapped.PAGE * mapped.PAGE
+    return sum(mapped.cached_pages(keeper.pages, mapped.Span(entry.file, first, end))) * mapped.PAGE if end > first else 0
 
 
 class Clock:
@@ -274,7 +289,7 @@ def whole_token(folder: Path, placement: str | None) -> dict:
             if part[0] == index:
                 for name, entry in names[part].items():
                     kind = "experts not chosen" if part[1] not in ("always", "head") and part not in parts(index) else kind_of(name, None)
-                    sums[kind] = sums.get(kind, 0) + in_cache(keeper, {name: entry})
+                    sums[kind] = sums.get(kind, 0) + in_cache(keeper, entry)
         return sums
 
     def clear(index: int) -> None:
@@ -325,7 +340,7 @@ def machine() -> dict:
     available = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
     return {
         "date": datetime.date.today().isoformat(), "cpu": next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor()),
-        "threads": torch.get_num_threads(), "free_memory_GB": available * 1024 / 1e9, "kernel": platform.release(),
+        "threads": torch.get_num_threads(), "free_memory_GB": available * 1024 / 1e9, "kernel": platform.release(), "load_before": os.getloadavg()[0],
         "versions": {"deepseek-lit": dl.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
 

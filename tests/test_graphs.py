@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from deepseek_lit import LatentCache, ModelConfig, SamplingParams, cpu, fp8, generate, moe, parallel
 from deepseek_lit.generate import Request, run_batch
-from deepseek_lit.graphs import NoWaiting, Recorder, imaginary_gpu, padded_batch, read_step, record_tape, recorder_for
+from deepseek_lit.graphs import NoWaiting, Recorder, imaginary_gpu, padded_batch, read_step, record_tape, recordable, recorder_for
 from deepseek_lit.model import Decoder, DeepSeekV3, frequencies_on
 from deepseek_lit.mtp import add_mtp, guess_ahead
 from deepseek_lit.parallel import parallelize, parse_layout, rank_model, wire_bytes
@@ -117,12 +117,13 @@ def test_a_wait_is_noticed(mistake, gpu, monkeypatch):
 def meta_rank(layout: str, monkeypatch) -> DeepSeekV3:
     """A rank's model without numbers, whose messages go nowhere."""
     layout = parse_layout(layout)
-    for name in ("all_reduce", "reduce_scatter_tensor", "all_gather", "broadcast", "send", "recv"):
+    for name in ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "send", "recv"):
         monkeypatch.setattr(parallel.dist, name, lambda *args, **kwargs: None)
 
     def link(size: int) -> SimpleNamespace:
         return SimpleNamespace(size=size, index=0, group=None, sent=Counter())
 
+    monkeypatch.setattr(parallel, "Audience", lambda team: None)
     row, stage, pipeline = link(layout.tp), link(layout.stage_ranks), link(layout.pp)
     team = SimpleNamespace(layout=layout, rank=0, seat=parallel.seat_of(layout, 0), row=row, stage=stage, pipeline=pipeline, sent=Counter(), keeps_step=True)
     config = ModelConfig(**SMALL_RELEASE)
@@ -270,8 +271,24 @@ def test_what_cannot_be_recorded_runs_plainly_and_says_so_once(gpu):
         read_step(model, *step_of(1, 1, [9]), cache)
 
 
-def test_no_recorder_without_a_gpu():
-    assert recorder_for(ready()) is None or DEVICE == "cuda"
+def test_what_is_recorded(monkeypatch):
+    """Not on a CPU, not in float32, not where a hook would be missed or rows have requests of their own."""
+    model = ready()
+    assert recordable(model) == (DEVICE == "cuda") and (recorder_for(model) is None or DEVICE == "cuda")
+    as_on_a_gpu(monkeypatch)
+    assert recordable(model) and not recordable(ready(dtype=torch.float32))
+    handle = model.model.layers[0].self_attn.register_forward_hook(lambda module, args, out: out)
+    assert not recordable(model)
+    model.team = SimpleNamespace(layout=parse_layout("tp2"))  # whose messages are hooks
+    assert recordable(model)
+    model.team = SimpleNamespace(layout=parse_layout("dp2xep2"))
+    assert not recordable(model)
+    handle.remove()
+    model.team = None
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: None)
+    assert not recordable(model)
+    model.team = SimpleNamespace(layout=parse_layout("tp2"))
+    assert not recordable(model)
 
 
 LAYOUTS = ("dp2xep2", "dp2xep2+2", "ep2")

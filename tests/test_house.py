@@ -1,6 +1,7 @@
 """The house is in order: exports and README in sync with the notebooks, the package free of the book's dependencies."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -48,10 +49,13 @@ def test_chapter_is_presentable(notebook):
     assert notebook.stat().st_size < 600_000
 
 
-def test_package_needs_nothing_of_the_book():
-    book = "{'nbdev', 'IPython', 'matplotlib', 'ipywidgets', 'transformers', 'fastcore'}"
-    code = f"import sys, deepseek_lit.cli, deepseek_lit.train; print({book} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+def test_importing_needs_nothing_of_the_book_no_triton_and_no_gpu():
+    unasked = "{'nbdev', 'IPython', 'matplotlib', 'ipywidgets', 'transformers', 'fastcore', 'triton'}"
+    code = f"import sys, deepseek_lit.cli, deepseek_lit.train, deepseek_lit.viz; print({unasked} & set(sys.modules))"
+    code += "; import torch, deepseek_lit.kernels.quant, deepseek_lit.kernels.gemm, deepseek_lit.kernels.mla, deepseek_lit.kernels.moe; print(torch.cuda.is_initialized())"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}  # kernels that nobody interprets, and nobody can run
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "set()\nFalse\n", done.stderr
 
 
 def test_repository_is_small():

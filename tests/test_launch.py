@@ -62,9 +62,22 @@ def out_of_memory(monkeypatch) -> None:
     while_loading(fill, monkeypatch)
 
 
+def overheard(monkeypatch) -> None:
+    from deepseek_lit import generate
+
+    take = generate.Request.take
+
+    def taken(request, token, *rest):
+        with open(f"tokens{os.environ['RANK']}", "a") as notes:
+            print(token, file=notes)
+        return take(request, token, *rest)
+
+    monkeypatch.setattr(generate.Request, "take", taken)
+
+
 SPOILERS = {
     "killed while loading": lambda m: while_loading(die, m), "killed while decoding": lambda m: while_decoding(die, m), "frozen": lambda m: while_decoding(stop, m),
-    "older": with_older_version, "out of memory": out_of_memory,
+    "older": with_older_version, "out of memory": out_of_memory, "overheard": overheard,
 }  # fmt: skip
 
 
@@ -155,6 +168,14 @@ def test_a_file_of_prompts(layout, extra, crew, alone, tmp_path):
     replies = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     assert [reply["prompt"] for reply in replies] == PROMPTS and [reply["text"] for reply in replies] == alone
     assert not any(outs.values()) and not errors[1] and ("guesses right" in errors[0]) == bool(extra)
+
+
+def test_ranks_agree_on_tokens_drawn_at_random(crew, tmp_path):
+    """Nobody gives a seed, and each rank would draw others."""
+    codes, outs, errors = crew(["generate", "--prompt", "def ", "--layout", "ep2", *WORDS, "--temperature", "2", "--max-tokens", "30"], spoiled={0: "overheard", 1: "overheard"})
+    assert codes == {0: 0, 1: 0}, errors
+    tokens = [(tmp_path / "node0" / f"tokens{number}").read_text().split() for number in (0, 1)]
+    assert tokens[0] == tokens[1] and len(tokens[0]) > 1
 
 
 def test_chat_reads_on_rank_0_alone(crew):
@@ -271,6 +292,15 @@ def test_torchrun_on_two_machines(machines, alone):
     (out, err), (other, quiet) = (process.communicate(timeout=60) for process in processes)
     assert [process.returncode for process in processes] == [0, 0], err
     assert out == f"{PROMPTS[0]}{alone[0]}\n" and other == "" and "2 ranks hold" in err and "Traceback" not in err + quiet
+
+
+def test_a_cable_that_leads_nowhere(machines):
+    """The board is reached, but gloo is told to use an interface that the other machine cannot see."""
+    words = ["generate", "--prompt", "def ", "--layout", "ep2", *WORDS[:-1], "4"]
+    processes = [torchrun(machine, node, words, {"GLOO_SOCKET_IFNAME": "lo"}) for node, machine in enumerate(machines)]
+    for process in processes:
+        _, error = process.communicate(timeout=60)
+        assert process.returncode != 0 and "GLOO_SOCKET_IFNAME names the network interface" in error
 
 
 def test_ctrl_c_on_two_machines(machines):

@@ -25,8 +25,7 @@ RELEASE = ModelConfig()
 H100 = 79.1
 
 
-@pytest.mark.parametrize("text", ["tp8", "pp2xtp8", "pp4xdp2xtp2xep4", "dp16xep16+16", "tp16xep16"])
-@pytest.mark.parametrize("mtp", [False, True])
+@pytest.mark.parametrize("text, mtp", [("tp8", False), ("tp8", True), ("pp2xtp8", True), ("pp4xdp2xtp2xep4", True), ("dp16xep16+16", True), ("tp16xep16", True)])
 def test_weights_of_the_release(text, mtp):
     """The sum over parts is the sum over pieces, but for the prediction layer's copies of embedding and head."""
     layout = parse_layout(text)

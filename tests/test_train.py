@@ -258,10 +258,17 @@ def test_validation_is_by_domain_and_always_on_the_same_windows(model, corpus):
     assert not any(p.grad is not None for p in model.parameters())
 
 
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """The rows, the folder and the model of a run that nothing happened to."""
+    path, model = tmp_path_factory.mktemp("whole"), new_model(SMALL, 0)
+    return train(model, corpus, SHORT, path, every=2)[0], path, model
+
+
 @pytest.mark.parametrize("killed_in", [1, 3, 5, 6])
-def test_killed_and_continued_equals_undisturbed(corpus, tmp_path, killed_in):
-    undisturbed, victim, continued = (new_model(SMALL, 0) for _ in range(3))
-    expected, _ = train(undisturbed, corpus, SHORT, tmp_path / "whole" if (tmp_path / "whole").mkdir() else tmp_path / "whole", every=2)
+def test_killed_and_continued_equals_undisturbed(corpus, tmp_path, undisturbed, killed_in):
+    victim, continued = new_model(SMALL, 0), new_model(SMALL, 0)
+    expected, whole, model = undisturbed
     calls = itertools.count(1)
 
     def unplug(*_) -> None:
@@ -276,8 +283,8 @@ def test_killed_and_continued_equals_undisturbed(corpus, tmp_path, killed_in):
     assert (path / "training.pt").exists() == (killed_in > 2)
     rows, _ = train(continued, corpus, SHORT, path, every=2)
     assert rows == expected
-    assert (path / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
-    for (name, a), b in zip(continued.state_dict().items(), undisturbed.state_dict().values()):
+    assert (path / "log.csv").read_text() == (whole / "log.csv").read_text()
+    for (name, a), b in zip(continued.state_dict().items(), model.state_dict().values()):
         assert torch.equal(a, b), name
 
 

@@ -1,7 +1,6 @@
 """What is recorded is what the model did, whatever its weights are stored in; and the pictures of it."""
 
 import dataclasses
-import subprocess
 import sys
 import warnings
 
@@ -14,7 +13,7 @@ from transformers.utils import logging
 
 from deepseek_lit import viz
 from deepseek_lit.checkpoint import load_model
-from deepseek_lit.config import InputError, ModelConfig
+from deepseek_lit.config import InputError, ModelConfig, tiny_config
 from deepseek_lit.gate import Gate, choose_experts
 from deepseek_lit.generate import LLM
 from deepseek_lit.mla import MLA, LatentCache
@@ -336,22 +335,11 @@ def test_an_explorer_of_one_recording_that_begins_behind_a_cache():
 # Dependencies
 
 
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-
-def test_nobody_imports_matplotlib_unasked():
-    assert python("import sys, deepseek_lit, deepseek_lit.viz; print({'matplotlib', 'ipywidgets', 'IPython'} & set(sys.modules))") == "set()\n"
-
-
-def test_what_to_install_is_said_in_one_sentence():
-    code = """
-import sys; sys.modules["matplotlib"] = sys.modules["ipywidgets"] = None
-import torch; from deepseek_lit import viz; from deepseek_lit.config import tiny_config
-one = viz.Routing(tiny_config(), torch.rand(1, 16), torch.zeros(16), torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 4))
-recording = viz.Recording(tiny_config(), (1,), 0, (), {1: one}, {})
-for call in (viz.plot_load, viz.router_explorer):
-    try: call(recording)
-    except ImportError as error: print(error)"""
-    says = [f"deepseek_lit.viz needs {missing} for this, which is not installed: pip install 'deepseek-lit[book]'" for missing in ("matplotlib", "ipywidgets")]
-    assert python(code).splitlines() == says
+@pytest.mark.parametrize("missing, call", [("matplotlib", viz.plot_load), ("ipywidgets", viz.router_explorer)])
+def test_what_to_install_is_said_in_one_sentence(missing, call, monkeypatch):
+    for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    one = viz.Routing(tiny_config(), torch.rand(1, 16), torch.zeros(16), torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 4))
+    with pytest.raises(ImportError) as error:
+        call(viz.Recording(tiny_config(), (1,), 0, (), {1: one}, {}))
+    assert str(error.value) == f"deepseek_lit.viz needs {missing} for this, which is not installed: pip install 'deepseek-lit[book]'"
