@@ -874,6 +874,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'deepseek_lit.viz.recorded': ('viz.html#recorded', 'deepseek_lit/viz.py'),
                                   'deepseek_lit.viz.recording_bytes': ('viz.html#recording_bytes', 'deepseek_lit/viz.py'),
                                   'deepseek_lit.viz.relative_load': ('viz.html#relative_load', 'deepseek_lit/viz.py'),
+                                  'deepseek_lit.viz.routed_experts': ('viz.html#routed_experts', 'deepseek_lit/viz.py'),
                                   'deepseek_lit.viz.router_explorer': ('viz.html#router_explorer', 'deepseek_lit/viz.py'),
                                   'deepseek_lit.viz.token_labels': ('viz.html#token_labels', 'deepseek_lit/viz.py'),
                                   'deepseek_lit.viz.token_texts': ('viz.html#token_texts', 'deepseek_lit/viz.py'),

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['Routing', 'relative_load', 'watch_gate', 'watch_attention', 'recording_bytes', 'Recording', 'one_text', 'numbers_of',
-           'check_cache', 'watch_layer', 'record', 'token_texts', 'token_labels', 'need', 'new_figure', 'recorded',
-           'draw_groups', 'plot_load', 'plot_routing', 'draw_bias', 'cells', 'lay_out', 'draw_text', 'plot_choice',
-           'check_token', 'draw_choice', 'plot_heads', 'head_map', 'draw_map', 'plot_attention', 'plot_gaze',
-           'explorer', 'router_explorer', 'attention_explorer']
+           'check_cache', 'watch_layer', 'routed_experts', 'record', 'token_texts', 'token_labels', 'need',
+           'new_figure', 'recorded', 'draw_groups', 'plot_load', 'plot_routing', 'draw_bias', 'cells', 'lay_out',
+           'draw_text', 'plot_choice', 'check_token', 'draw_choice', 'plot_heads', 'head_map', 'draw_map',
+           'plot_attention', 'plot_gaze', 'explorer', 'router_explorer', 'attention_explorer']
 
 # %% ../notebooks/21_viz.ipynb #48b4dbde
 import contextlib
@@ -156,8 +156,16 @@ def watch_layer(hooks: contextlib.ExitStack, layer: nn.Module, number: int, head
 
     if heads:
         hooks.enter_context(layer.self_attn.register_forward_hook(on_attention))
-    if layer.self_attn.config.is_moe(number):
-        hooks.enter_context(layer.mlp.gate.register_forward_hook(on_gate))
+    for gate in (module for module in layer.mlp.modules() if isinstance(module, Gate)):  # wherever it sits: chapters 15 and 22 put things around it
+        hooks.enter_context(gate.register_forward_hook(on_gate))
+
+# %% ../notebooks/21_viz.ipynb #c535e5ac
+def routed_experts(model: DeepSeekV3) -> int:
+    """Between how many experts the routers of a model choose. Raises `InputError` for a rank whose routers see only a part of the text."""
+    if model.team is not None and model.team.layout.dp > 1 and model.team.layout.tp > 1:
+        raise InputError(f"layout {model.team.layout}: each router sees only some of its row's tokens; expected a layout with dp 1 or tp 1")
+    gate = next((module for module in model.modules() if isinstance(module, Gate)), None)
+    return model.config.n_routed_experts if gate is None else gate.config.n_routed_experts
 
 # %% ../notebooks/21_viz.ipynb #9181e90b
 @torch.no_grad()
@@ -173,9 +181,11 @@ def record(model: DeepSeekV3, ids: Tensor | list[int], layers: Iterable[int] | N
         start: number of the first token to read.
         max_bytes: the largest recording to make, see `recording_bytes`.
 
+    On a rank (chapter 15) layers and heads count from the rank's first, and all ranks must record alike.
     Raises `InputError` before the model runs when there is something to refuse. The hooks are gone when `record` returns or raises.
     """
-    c, ids = model.config, one_text(ids, start, model.config)
+    c = dataclasses.replace(model.config, n_routed_experts=routed_experts(model))
+    ids = one_text(ids, start, c)
     layers, heads = numbers_of("layer", layers, c.num_hidden_layers), numbers_of("head", heads, c.num_attention_heads)
     check_cache(cache, start, len(ids))
     size = recording_bytes(c, len(ids) - start, len(ids), layers, len(heads))
@@ -185,7 +195,7 @@ def record(model: DeepSeekV3, ids: Tensor | list[int], layers: Iterable[int] | N
     with contextlib.ExitStack() as hooks:
         for i in layers:
             watch_layer(hooks, decoder.layers[i], i, heads, routing, attention)
-        positions_BS = torch.arange(start, len(ids), device=decoder.embed_tokens.weight.device)[None]
+        positions_BS = torch.arange(start, len(ids), device=decoder.layers[0].input_layernorm.weight.device)[None]
         decoder(torch.tensor([ids[start:]], device=positions_BS.device), positions_BS, cache)
     return Recording(c, ids, start, heads, routing, attention)
 

@@ -21,9 +21,10 @@ from deepseek_lit.gate import Gate
 from deepseek_lit.generate import Request, decode, prefill, run_batch
 from deepseek_lit.mtp import add_mtp
 from deepseek_lit.parallel import (
-    Layout, bytes_to_copy, check_layout, fan_out, fill_rank, load_rank, parse_layout, pieces, place_experts, place_layer, rank_loads, rank_model, recorded_loads,
+    Layout, bytes_to_copy, check_layout, fan_out, fill_rank, layers_of, load_rank, parse_layout, pieces, place_experts, place_layer, rank_loads, rank_model, recorded_loads,
     refusal, wire_bytes,
 )  # fmt: skip
+from deepseek_lit.viz import record
 from models import random_config, random_model, write_checkpoint
 
 SIZES = {"vocab_size": 128, "num_attention_heads": 4, "moe_intermediate_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
@@ -93,6 +94,9 @@ def worker(rank: int, folder: Path) -> None:
     for layout in PLACED:
         model = load_rank(folder / "random", layout, expert_placement=placement)
         results["placed", layout] = run(model, prompts(model.config.vocab_size)[rows_of(model.team.layout, model.team.seat.row)])
+    for layout in WATCHED:
+        model = load_rank(folder / "random", layout)
+        results["watched", layout] = record(model, WATCHED_IDS, heads=()).routing, layers_of(ModelConfig.from_pretrained(folder / "random"), model.team.layout, model.team.seat.stage).start
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -104,6 +108,9 @@ def rows_of(layout: Layout, row: int) -> slice:
 
 PLACED = ("tp2xep4+4", "dp4xep4+4")  # experts where EPLB puts them
 TALKS = (("mtp", "pp2xtp2", 0), ("mtp", "tp2", 2), ("mtp", "tp2xep4", 1), ("converted", "tp2xep4", 1))
+
+
+WATCHED, WATCHED_IDS = ("tp2xep4", "dp4xep4", "pp2xtp2"), list(range(3, 20))
 
 
 def talk(model, guesses: int) -> list[list[int]]:
@@ -193,6 +200,14 @@ def test_the_engine_writes_the_same(source, layout, guesses, ranks, folder):
     assert [len(reply) for reply in alone] == [4, 6, 8, 10]
     for rank in ranks:
         assert rank[source, layout, guesses] == alone
+
+
+@pytest.mark.parametrize("layout", WATCHED)
+def test_routers_of_ranks_can_be_watched(layout, ranks, folder):
+    whole = record(load_model(folder / "random"), WATCHED_IDS, heads=()).routing
+    for rank in ranks:
+        routing, first = rank["watched", layout]
+        assert routing and all(torch.equal(routing[layer].chosen, whole[first + layer].chosen) for layer in routing)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
