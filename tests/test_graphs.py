@@ -331,7 +331,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("graphs")
     config = ModelConfig(**{field: getattr(CONFIG, field) for field in CONFIG.__dataclass_fields__} | {"num_nextn_predict_layers": 0, "torch_dtype": "float32", "fp8": False})
     write_checkpoint(folder / "model", config)
-    mp.spawn(worker, (folder,), nprocs=2)
+    mp.start_processes(worker, (folder,), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

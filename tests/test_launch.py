@@ -24,7 +24,6 @@ PROMPTS = ["def read(", "import os\n", "The house", "class A:\n    ", "3 + 4 ="]
 WORDS = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "12", "--timeout", "20"]
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["deepseek_lit.cli"])
 
 
 def die(*_) -> None:

@@ -150,7 +150,7 @@ def folder(tmp_path_factory) -> Path:
     write_checkpoint(folder / "fp8", random_config(2, **FP8_SIZES), fp8=True, shards=4)
     convert(write_mtp(folder / "mtp"), folder / "converted", "tp2xep4")
     torch.save(recorded_placement(folder / "random"), folder / "placement.pt")
-    mp.spawn(worker, (folder,), nprocs=4)
+    mp.start_processes(worker, (folder,), nprocs=4, start_method="forkserver")
     return folder
 
 
