@@ -340,7 +340,7 @@ def machine() -> dict:
     available = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
     return {
         "date": datetime.date.today().isoformat(), "cpu": next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor()),
-        "threads": torch.get_num_threads(), "free_memory_GB": available * 1024 / 1e9, "kernel": platform.release(), "load_before": os.getloadavg()[0],
+        "threads": torch.get_num_threads(), "free_memory_GB": available * 1024 / 1e9, "kernel": platform.release().partition("-")[0], "load_before": os.getloadavg()[0],
         "versions": {"deepseek-lit": dl.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
 
