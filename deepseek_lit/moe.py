@@ -94,13 +94,16 @@ def stack_experts(experts: nn.ModuleList) -> tuple[tuple[torch.Tensor, torch.Ten
     return (gate_up_EXD, down_EDF), tuple(torch.stack(scales) for scales in zip(*([scale for _, scale in e.matrices()] for e in experts)))
 
 # %% ../notebooks/05_moe.ipynb #e4b8d85e
-def run_experts(layer: "MoE", x_SD: torch.Tensor, weights_SK: torch.Tensor, experts_SK: torch.Tensor) -> torch.Tensor:
-    """The chosen experts' weighted sum, [S, D] → [S, D], in the fastest form that these weights and this device allow."""
+def run_experts(layer: "MoE", x_SD: torch.Tensor, weights_SK: torch.Tensor, experts_SK: torch.Tensor, among: int | None = None) -> torch.Tensor:
+    """The chosen experts' weighted sum, [S, D] → [S, D], in the fastest form that these weights and this device allow.
+
+    `among` is how many experts the tokens chose from where more of them are elsewhere (chapter 15).
+    """
     if layer.stacked and fp8.on_gpu(x_SD):
         from deepseek_lit.kernels import moe as kernels
 
         gate_up_EXD, down_EDF = layer.stacked
-        return kernels.experts(x_SD, weights_SK, experts_SK, *gate_up_EXD.chunk(2, 1), down_EDF, layer.scales, len(layer.gate.weight))
+        return kernels.experts(x_SD, weights_SK, experts_SK, *gate_up_EXD.chunk(2, 1), down_EDF, layer.scales, among)
     if layer.stacked and layer.scales is None:
         return experts_grouped(x_SD, weights_SK, experts_SK, *layer.stacked)
     if cpu.serves(x_SD) and (matrices := layer.matrices()) is not None:

@@ -651,7 +651,7 @@ class Embedding(nn.Module):
 def ask_held(moe: MoE, x_SD: torch.Tensor, weights_SK: torch.Tensor, slots_SK: torch.Tensor) -> torch.Tensor:
     """The weighted sum over those of each token's experts that are here, [S, D] → [S, D]. Slots count from this rank's first: others are below zero or too high."""
     if moe.stacked and fp8.on_gpu(x_SD):
-        return run_experts(moe, x_SD, weights_SK, slots_SK)  # the kernels pass over who is elsewhere: how many there are, nobody has to know
+        return run_experts(moe, x_SD, weights_SK, slots_SK, len(moe.gate.weight))  # the kernels pass over who is elsewhere: how many there are, nobody has to know
     here_SK = (slots_SK >= 0) & (slots_SK < len(moe.experts))
     token_P = here_SK.nonzero()[:, 0]
     out_SD = torch.zeros_like(x_SD)

@@ -9,6 +9,7 @@ from deepseek_lit.checkpoint import load_model
 from deepseek_lit.config import ModelConfig
 from deepseek_lit.generate import decode, prefill
 from deepseek_lit.mla import LatentCache
+from deepseek_lit.mapped import MappedMoE, stack_slots
 from deepseek_lit.moe import MoE
 
 pytest.importorskip("triton")
@@ -85,3 +86,12 @@ def test_the_bundled_checkpoint_speaks_the_same(kernels, monkeypatch):
     monkeypatch.setattr(fp8, "on_gpu", lambda x: False)
     _, plain = greedy(model, [prompt], 1)
     assert triton == plain
+
+
+def test_slots_of_the_expert_cache_feed_the_kernels(kernels):
+    """Chapter 22's slots stand where a layer's experts would, and are filled as they are asked for: the same bits."""
+    model = load_model(placement="mapped", expert_memory=10**9)
+    for source in [module.source for module in model.modules() if isinstance(module, MappedMoE)]:
+        source.stacked, source.scales = stack_slots(source.experts)
+    found, expected = (greedy(m, [[5, 6]], 1)[0] for m in (model, stacked(load_model())))
+    assert kernels["experts"] and torch.equal(found, expected)
