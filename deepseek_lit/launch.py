@@ -241,10 +241,10 @@ A_LONG_TIME = 10 * 24 * 3600.0  # seconds
 
 
 class Crew:
-    """The processes of one run, as one of them sees it. `board` and `watch` are None for a process alone; others have `seconds` to appear."""
+    """The processes of one run, as one of them sees it: the `places` of all. `board` and `watch` are None for a process alone; others have `seconds` to appear."""
 
-    def __init__(self, place: Place, board: dist.Store | None = None, watch: Watch | None = None, seconds: float = 60.0):
-        self.place, self.board, self.watch, self.seconds, self.shared = place, board, watch, seconds, 0
+    def __init__(self, place: Place, places: list[Place], board: dist.Store | None = None, watch: Watch | None = None, seconds: float = 60.0):
+        self.place, self.places, self.board, self.watch, self.seconds, self.shared = place, places, board, watch, seconds, 0
 
     @property
     def alone(self) -> bool:
@@ -264,10 +264,8 @@ class Crew:
 
     def compare(self, key: str, notes: dict[str, str], seconds: float = A_LONG_TIME) -> None:
         """Raise `InputError` when some rank's notes differ from those of rank 0."""
-        if not self.alone:
-            places = [Place(*numbers) for numbers in collect(self.board, self.place, f"{key}/place", self.place, seconds)]
-            if problem := first_difference(collect(self.board, self.place, key, notes, seconds), places):
-                raise InputError(problem)
+        if not self.alone and (problem := first_difference(collect(self.board, self.place, key, notes, seconds), self.places)):
+            raise InputError(problem)
 
     def same_files(self, path: Path) -> None:
         """Raise `InputError` unless every node has the same model directory."""
@@ -323,14 +321,15 @@ def muster(seconds: float) -> Crew:
     """The crew of this process: all are there, and the watch is on. Raises `InputError` naming who is missing after `seconds`."""
     place = find_place(os.environ)
     if place is None or place.world == 1:
-        return Crew(Place())
+        return Crew(Place(), [Place()])
     board = open_board(place, seconds)
     lives = Lives(place, open_board(place, seconds))
     lives.sign()
-    homes = collect(board, place, "home", [place.node, os.getpid()], seconds)
-    watch = Watch(Lookout(lives, {rank: pid for rank, (node, pid) in enumerate(homes) if node == place.node}, PATIENCE))
+    homes = collect(board, place, "home", [place, os.getpid()], seconds)
+    places = [Place(*numbers) for numbers, _ in homes]
+    watch = Watch(Lookout(lives, {there.rank: pid for there, (_, pid) in zip(places, homes) if there.node == place.node}, PATIENCE))
     watch.start()
-    return Crew(place, board, watch, seconds)
+    return Crew(place, places, board, watch, seconds)
 
 # %% ../notebooks/15d_launch.ipynb #4b8c618c
 @contextlib.contextmanager

@@ -290,7 +290,9 @@ def test_torchrun_on_two_machines(machines, alone):
     processes = [torchrun(machine, node, ["generate", "--prompt", PROMPTS[0], "--layout", "dp2xep2", *WORDS]) for node, machine in enumerate(machines)]
     (out, err), (other, quiet) = (process.communicate(timeout=60) for process in processes)
     assert [process.returncode for process in processes] == [0, 0], err
-    assert out == f"{PROMPTS[0]}{alone[0]}\n" and other == "" and "2 ranks hold" in err and "Traceback" not in err + quiet
+    assert out == f"{PROMPTS[0]}{alone[0]}\n" and other == ""
+    ours = [line for line in (err + quiet).splitlines() if "torch/distributed/elastic" not in line]  # torchrun logs a traceback when its other agent has left first
+    assert any("2 ranks hold" in line for line in ours) and not any("Traceback" in line for line in ours), err + quiet
 
 
 def test_a_cable_that_leads_nowhere(machines):
@@ -362,6 +364,6 @@ def test_a_board_that_nobody_keeps(monkeypatch):
 
 
 def test_a_process_alone_shares_with_itself():
-    crew = Crew(Place())
+    crew = Crew(Place(), [Place()])
     assert crew.alone and crew.share(lambda: "\ud800") == "\ud800"
     crew.compare("anything", {"a": "1"})
